@@ -1,0 +1,79 @@
+"""Attention kernels, rotary rotation and the key-value cache, shared by trunk and head.
+
+The cache is an argument owned by the caller; modules keep no generation state.  Scaled-dot-product attention serves
+the trunk; the head's three slots are cheaper as plain arithmetic (`short_causal_attention`), because a general kernel
+pays its set-up once for each of B · N tiny sequences.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Rotate consecutive pairs of x [B, H, T, E] by rotary [T, E/2, 2] (cosine, sine), in float32."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, H, T, E/2]
+    cos, sin = rotary.float().unbind(-1)
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of T new positions: causal when they are the whole sequence, unmasked for one decoded position.
+
+    q: [B, H, T, E]; k, v: [B, H, S, E] with S = T or T = 1.  Returns [B, H, T, E].
+    """
+    return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
+
+
+def short_causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention over a handful of slots as elementwise products; the queries are those of the last T slots.
+
+    q: [M, H, T, E]; k, v: [M, H, S, E], S >= T.  Returns [M, H, T, E].
+    """
+    first, scale = k.shape[2] - q.shape[2], q.shape[-1] ** -0.5
+    rows = []
+    for row in range(q.shape[2]):
+        seen = first + row + 1
+        if seen == 1:
+            rows.append(v[:, :, 0])  # one key: the softmax is 1
+            continue
+        scores = (q[:, :, row, None] * k[:, :, :seen]).sum(-1) * scale               # [M, H, seen]
+        weights = scores.float().softmax(-1).type_as(v)
+        rows.append((weights[..., None] * v[:, :, :seen]).sum(2))                    # [M, H, E]
+    return torch.stack(rows, dim=2)
+
+
+class LayerCache:
+    """Keys and values of one layer, allocated once and written in place."""
+
+    def __init__(self, keys: Tensor, values: Tensor, record_condition: bool) -> None:
+        self.keys, self.values, self.record_condition = keys, values, record_condition
+        self.condition_weight: Tensor | None = None
+
+    def update(self, k: Tensor, v: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """Write k, v [B, H, T, E] at `position`; returns views of everything up to and with them."""
+        end = position + k.shape[2]
+        self.keys[:, :, position:end] = k
+        self.values[:, :, position:end] = v
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def observe(self, q: Tensor, k: Tensor) -> None:
+        """Keep the newest position's attention to key 0, the class token, averaged over heads [B], if asked to."""
+        if self.record_condition:
+            scores = (q[:, :, -1:] @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5  # [B, H, 1, S]
+            self.condition_weight = scores.softmax(-1)[:, :, 0, 0].mean(1)               # [B]
+
+
+class KVCache:
+    """The caches of all layers, for `batch` rows and at most `length` positions."""
+
+    def __init__(self, n_layer: int, batch: int, n_head: int, length: int, head_dim: int,
+                 device: torch.device, dtype: torch.dtype, record_condition: bool = False) -> None:
+        storage = torch.zeros(n_layer, 2, batch, n_head, length, head_dim, device=device, dtype=dtype)
+        self.layers = [LayerCache(keys, values, record_condition and index == n_layer - 1)
+                       for index, (keys, values) in enumerate(storage)]
+
+    @property
+    def condition_weight(self) -> Tensor | None:
+        """The last layer's attention to the class token at the newest position [B], if recorded."""
+        return self.layers[-1].condition_weight

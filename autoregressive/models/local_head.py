@@ -1,0 +1,121 @@
+"""The local-context autoregressive head (paper section 4.4, equations 13 and 15, figure 5c).
+
+Each cell sees the trunk states of its causal neighbours in a K x K window, compressed and joined into one summary; a
+small transformer runs over the slots [summary, trunk state, embeddings of the streams already chosen].  Compression
+acts on single vectors, so it runs once a cell and the small results are gathered: while decoding, only they are kept.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from autoregressive.models.attention import KVCache, short_causal_attention
+from autoregressive.models.gpt import Block, GPTConfig
+
+
+def mlp(dim: int, hidden: int, out: int, out_bias: bool = False) -> nn.Sequential:
+    """Linear, exact GELU, Linear; the first layer has a bias."""
+    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, out, bias=out_bias))
+
+
+def window_indices(grid_size: int, window_size: int) -> Tensor:
+    """The causal neighbours of every cell: the rows above, then the cells to the left, in raster order.
+
+    Returns [N, (window_size² - 1) / 2] int64 cell numbers; N stands for a cell outside the grid.
+    """
+    reach = window_size // 2
+    offsets = [(dy, dx) for dy in range(-reach, 1) for dx in range(-reach, reach + 1) if (dy, dx) < (0, 0)]
+    row, column = torch.arange(grid_size**2).div(grid_size, rounding_mode="floor"), torch.arange(grid_size**2) % grid_size
+    rows = row[:, None] + torch.tensor([dy for dy, _ in offsets])
+    columns = column[:, None] + torch.tensor([dx for _, dx in offsets])
+    inside = (rows >= 0) & (columns >= 0) & (columns < grid_size)
+    return torch.where(inside, rows * grid_size + columns, grid_size**2)
+
+
+class LocalContext(nn.Module):
+    """Summary of the window: compress D -> D/4 -> D/n, join the n neighbours, expand -> 2D -> D (equation 15)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        window = window_indices(config.grid_size, config.window_size)
+        neighbours = window.shape[1]
+        self.width = config.dim // neighbours
+        self.compress = mlp(config.dim, config.dim // 4, self.width)
+        self.expand = mlp(neighbours * self.width, 2 * config.dim, config.dim)
+        self.register_buffer("window", window, persistent=False)
+
+    def border(self) -> Tensor:
+        """What a cell outside the image contributes: the compression of a zero vector [D/n]."""
+        weight = self.compress[0].weight
+        return self.compress(torch.zeros(weight.shape[1], device=weight.device, dtype=weight.dtype))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Trunk states of all cells [B, N, D] -> summaries [B, N, D]."""
+        small = self.compress(hidden)                                              # [B, N, c]
+        small = torch.cat([small, self.border().expand(len(small), 1, -1).type_as(small)], dim=1)
+        return self.expand(small[:, self.window].flatten(2))                       # [B, N, n c] -> [B, N, D]
+
+
+@dataclass
+class HeadState:
+    """What the head keeps while decoding: compressed trunk states, the border's in the last row, and three slots."""
+
+    compressed: Tensor  # [B, N + 1, c]
+    cache: KVCache
+
+
+class LocalContextHead(nn.Module):
+    """Five transformer layers over the slots of one cell (equation 13)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.slots = len(config.codebook_sizes) + 1
+        self.config = config
+        self.context = LocalContext(config)
+        self.layers = nn.ModuleList(Block(config, short_causal_attention) for _ in range(config.head_layers))
+        rotary = torch.ones(self.slots, config.dim // config.n_head // 2, 2)
+        rotary[..., 1] = 0                                                         # identity
+        rotary[0] = 0                                                              # the release's first row
+        self.register_buffer("rotary", rotary if config.head_rotary == "zero_summary" else None, persistent=False)
+
+    def rows(self, start: int, end: int) -> Tensor | None:
+        """Rotary rows of a range of slots, or None when slots are not rotated."""
+        return None if self.rotary is None else self.rotary[start:end]
+
+    def forward(self, hidden: Tensor, embedded: list[Tensor], run_block) -> Tensor:
+        """Teacher-forced head states.
+
+        hidden: trunk states [B, N, D]; embedded: the embeddings of all streams but the last, each [B, N, D];
+        run_block: calls a layer (with activation checkpointing where wanted).  Returns [B, N, C, D].
+        """
+        slots = torch.stack([self.context(hidden), hidden, *embedded], dim=2)      # [B, N, C + 1, D]
+        x = slots.flatten(0, 1)                                                    # [B N, C + 1, D]
+        for index, block in enumerate(self.layers):
+            # The summary predicts nothing: the last layer needs it only as a key.
+            x = run_block(block, x, self.rotary, skip=int(index == len(self.layers) - 1))
+        return x.unflatten(0, hidden.shape[:2])
+
+    def new_state(self, batch: int) -> HeadState:
+        """Buffers for decoding `batch` grids, allocated once."""
+        weight = self.context.compress[0].weight
+        compressed = self.context.border().repeat(batch, self.config.cells + 1, 1)
+        head_dim = self.config.dim // self.config.n_head
+        return HeadState(compressed, KVCache(len(self.layers), batch, self.config.n_head, self.slots, head_dim,
+                                             weight.device, weight.dtype))
+
+    def begin_cell(self, hidden: Tensor, cell: int, state: HeadState) -> Tensor:
+        """First pass of a cell, summary and state together: [B, D] -> head state of the first stream [B, D]."""
+        summary = self.context.expand(state.compressed[:, self.context.window[cell]].flatten(1))
+        state.compressed[:, cell] = self.context.compress(hidden)
+        return self._pass(torch.stack([summary, hidden], dim=1), state, slot=0)
+
+    def continue_cell(self, embedded: Tensor, stream: int, state: HeadState) -> Tensor:
+        """Pass of the next stream: embedding of stream - 1's choice [B, D] -> head state of `stream` [B, D]."""
+        return self._pass(embedded[:, None], state, slot=stream + 1)
+
+    def _pass(self, x: Tensor, state: HeadState, slot: int) -> Tensor:
+        rotary = self.rows(slot, slot + x.shape[1])
+        for index, (block, cache) in enumerate(zip(self.layers, state.cache.layers, strict=True)):
+            x = block(x, rotary, cache, slot, skip=int(slot == 0 and index == len(self.layers) - 1))
+        return x[:, -1]

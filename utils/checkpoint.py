@@ -1,0 +1,154 @@
+"""Checkpoints: sharded save and resume while training, one safetensors file for everything after.
+
+Training state goes through `torch.distributed.checkpoint`: every process writes its shards, and a run resumes on
+another number of processes.  A checkpoint is a folder `step-00001000` that was written under another name and renamed
+when whole, so a folder with that name is always complete.  What sampling and evaluation need is one safetensors file
+whose metadata carries the configuration: no shape flags are repeated.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from utils.config import UserError, from_dict
+from utils.distributed import Processes, full_tensor
+
+log = logging.getLogger("checkpoint")
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], config: dict, processes: Processes, keep: int = 2) -> Path:
+    """Write `state` (nested dicts of tensors, possibly sharded, and plain values) as the checkpoint of `step`.
+
+    The newest `keep` checkpoints stay.  Returns the checkpoint's folder.
+    """
+    target = folder / f"step-{step:08d}"
+    aside = folder / f".writing-{target.name}"
+    if processes.is_main:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    processes.barrier()
+    dcp.save(state, checkpoint_id=aside)
+    if processes.is_main:
+        (aside / "config.json").write_text(json.dumps(config, indent=1))
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(aside, target)
+        for old in sorted(folder.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+    processes.barrier()
+    return target
+
+
+def latest_checkpoint(folder: Path) -> tuple[Path, int] | None:
+    """The newest complete checkpoint below `folder` and its step, or None."""
+    found = sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+    return (found[-1], int(found[-1].name[5:])) if found else None
+
+
+def load_checkpoint(path: Path, state: dict[str, Any], config: dict) -> dict[str, Any]:
+    """Fill `state` (same structure as saved) from a checkpoint and return it.
+
+    Raises UserError when the checkpoint's model configuration is not the present one, naming the first difference.
+    """
+    saved = json.loads((path / "config.json").read_text())
+    require_equal(saved["model"], config["model"], f"checkpoint {path}", "this run's options",
+                  "choose another --run-dir or the options it was started with")
+    dcp.load(state, checkpoint_id=path)
+    return state
+
+
+def require_equal(seen: dict, expected: dict, what: str, against: str, remedy: str) -> None:
+    """Raise UserError naming the first key in which two configurations differ, with both values."""
+    for key in sorted(set(seen) | set(expected)):
+        if seen.get(key) != expected.get(key):
+            raise UserError(f"{what} has {key} {seen.get(key)} but {against} say {expected.get(key)}: {remedy}.")
+
+
+def export(path: Path, kind: str, tensors: dict[str, Tensor], config: dict, processes: Processes | None = None) -> None:
+    """Write tensors (gathered if sharded) and their configuration as one safetensors file, aside and renamed.
+
+    kind: "gpt", "tokenizer" or "classifier"; a loader of another kind refuses the file.
+    """
+    whole = {name: full_tensor(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
+    if processes is None or processes.is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".writing-{path.name}")
+        save_file(whole, aside, metadata={"kind": kind, "config": json.dumps(config)})
+        os.replace(aside, path)
+
+
+def read_export(path: str | Path, kind: str, option: str) -> tuple[dict, dict[str, Tensor]]:
+    """Read (configuration, tensors) of an exported file; a run folder stands for the file in it.
+
+    Raises UserError naming `option` when the file is missing, damaged, or of another kind.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / f"{kind}.safetensors"
+    if not path.is_file():
+        raise UserError(f"{option} {path} does not exist: give the {kind}.safetensors that training exported.")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("kind") != kind:
+                raise UserError(f"{option} {path} holds a {metadata.get('kind', 'model of unknown kind')}, not a {kind}: "
+                                f"give the {kind}.safetensors that training exported.")
+            return json.loads(metadata["config"]), {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise UserError(f"{option} {path} is damaged or no safetensors file ({error}): export or copy it again.") from error
+
+
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], option: str) -> None:
+    """Load tensors into a model, total in both directions; raises UserError naming the first key that does not fit."""
+    expected = model.state_dict()
+    for name in sorted(set(expected) ^ set(tensors)):
+        raise UserError(f"{option}: key {name} is {'missing' if name in expected else 'unknown'}: "
+                        "the file is of another model.")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise UserError(f"{option}: {name} has shape {tuple(tensor.shape)} but the model needs "
+                            f"{tuple(expected[name].shape)}: the file is of another size.")
+    model.load_state_dict(tensors)
+
+
+def load_gpt(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+             option: str = "--gpt-ckpt") -> nn.Module:
+    """A GPT ready for sampling, from an exported file or run folder; `gpt.extra` holds what else the file states."""
+    from autoregressive.models.gpt import GPT, GPTConfig
+
+    config, tensors = read_export(path, "gpt", option)
+    gpt = GPT(from_dict(GPTConfig, config["model"]))
+    load_weights(gpt, tensors, option)
+    gpt.extra = {name: value for name, value in config.items() if name != "model"}
+    return gpt.to(device, dtype).eval().requires_grad_(False)
+
+
+def load_tokenizer(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+                   option: str = "--vq-ckpt") -> nn.Module:
+    """A tokenizer ready to encode and decode, from an exported file or run folder."""
+    from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
+
+    config, tensors = read_export(path, "tokenizer", option)
+    tokenizer = VQModel(from_dict(VQConfig, config["model"]))
+    load_weights(tokenizer, tensors, option)
+    tokenizer.extra = {name: value for name, value in config.items() if name != "model"}
+    return tokenizer.to(device, dtype).eval().requires_grad_(False)
+
+
+def fingerprint(tensors: dict[str, Tensor]) -> str:
+    """A short hash of named tensors, by which codes and GPTs know their tokenizer."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(full_tensor(tensors[name].detach()).float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

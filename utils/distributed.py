@@ -1,0 +1,172 @@
+"""Processes and devices: one process group for one CPU process, one GPU, or many, and how a model is spread over them.
+
+Parallelism stays outside the models.  `setup` reads torchrun's environment; without it a group of one process is made,
+so that every script runs the same code everywhere.  `parallelize` wraps a GPT for DDP, FSDP2 or HSDP (DESIGN section 4).
+
+The tokenizer's trainer averages gradients itself (`average_gradients`): an interleaved step runs the network twice
+before one backward pass and leaves some parameters without gradient, which DDP's reducer answers with a search of the
+whole graph at every step.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.config import UserError
+
+DataParallel = Literal["none", "ddp", "fsdp", "hsdp"]
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among its group: rank, group size, and the device it computes on."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that writes logs and shared files."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def setup(device: str = "auto") -> Processes:
+    """Join the process group of torchrun, or make one of a single process.
+
+    device: "auto" (CUDA where present), "cuda" or "cpu".  Raises UserError if CUDA is asked for and absent.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda was asked for but this machine shows no CUDA device: use --device cpu or auto.")
+    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    target = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(target)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return Processes(rank, world_size, local_rank, target)
+
+
+def parallelize(model: nn.Module, blocks: list[nn.Module], mode: DataParallel, processes: Processes,
+                bf16: bool, shard_size: int = 0) -> nn.Module:
+    """Wrap `model` for data-parallel training.
+
+    blocks: the repeated layers, each sharded as a unit; mode: "none" (one process), "ddp", "fsdp" (shards over all
+    processes) or "hsdp" (shards inside groups of `shard_size`, replicates between them; 0: a node's processes).
+    Returns the module to call.  Raises UserError when the mode does not fit the number of processes.
+    """
+    world_size = processes.world_size
+    if mode == "none":
+        if world_size > 1:
+            raise UserError(f"--data-parallel none with {world_size} processes would train {world_size} different "
+                            "models: use ddp, fsdp or hsdp, or start one process.")
+        return model
+    if mode == "ddp":
+        return DistributedDataParallel(model, device_ids=[processes.device] if processes.device.type == "cuda" else None)
+    if mode == "fsdp":
+        mesh = init_device_mesh(processes.device.type, (world_size,), mesh_dim_names=("shard",))
+    else:
+        shard_size = shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if world_size % shard_size:
+            raise UserError(f"--shard-size {shard_size} does not divide the {world_size} processes: choose a divisor.")
+        mesh = init_device_mesh(processes.device.type, (world_size // shard_size, shard_size),
+                                mesh_dim_names=("replicate", "shard"))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def synchronize_gradients(model: nn.Module, last: bool) -> None:
+    """Exchange gradients only after the last micro-batch of a step (gradient accumulation)."""
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = last
+    elif hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(last)
+
+
+def average_gradients(parameters: list[Tensor], processes: Processes) -> None:
+    """Average the gradients of `parameters` over all processes, in one exchange; parameters without one are passed over."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if processes.world_size == 1 or not gradients:
+        return
+    flat = torch._utils._flatten_dense_tensors(gradients)
+    dist.all_reduce(flat)
+    flat.div_(processes.world_size)
+    for gradient, averaged in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
+        gradient.copy_(averaged)
+
+
+def all_reduce_mean(value: Tensor, processes: Processes) -> Tensor:
+    """Mean of a tensor over all processes."""
+    if processes.world_size > 1:
+        dist.all_reduce(value)
+        value = value / processes.world_size
+    return value
+
+
+def all_reduce_sum(value: Tensor, processes: Processes) -> Tensor:
+    """Sum of a tensor over all processes, in place."""
+    if processes.world_size > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def broadcast(value: Tensor, processes: Processes) -> Tensor:
+    """Give every process the main process's tensor, in place."""
+    if processes.world_size > 1:
+        dist.broadcast(value, src=0)
+    return value
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor; a plain tensor is returned as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, gathered; a plain tensor is returned as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def split_batch(global_batch_size: int, micro_batch_size: int, world_size: int) -> tuple[int, int]:
+    """Divide a global batch: (micro-batch size of one process, accumulation steps).
+
+    micro_batch_size 0 means the whole share of a process at once.  Raises UserError when the numbers do not divide.
+    """
+    if global_batch_size % world_size:
+        raise UserError(f"--global-batch-size {global_batch_size} is not divisible by the {world_size} processes: "
+                        f"choose a multiple of {world_size}.")
+    share = global_batch_size // world_size
+    micro = micro_batch_size or share
+    if share % micro:
+        raise UserError(f"--micro-batch-size {micro} does not divide the {share} images a process takes of "
+                        f"--global-batch-size {global_batch_size}: choose a divisor of {share}.")
+    return micro, share // micro
