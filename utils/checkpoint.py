@@ -145,6 +145,16 @@ def load_tokenizer(path: str | Path, device: str | torch.device = "cpu", dtype: 
     return tokenizer.to(device, dtype).eval().requires_grad_(False)
 
 
+def initialise_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Create Adam's zero moments now instead of at the first step, so that a checkpoint can be loaded into them."""
+    for group in optimizer.param_groups:
+        on_device = group.get("fused") or group.get("capturable")
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device if on_device else "cpu"),
+                "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+
+
 def fingerprint(tensors: dict[str, Tensor]) -> str:
     """A short hash of named tensors, by which codes and GPTs know their tokenizer."""
     digest = hashlib.sha256()

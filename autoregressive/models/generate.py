@@ -1,0 +1,198 @@
+"""Decoding: guidance schedules, logit filtering, reproducible draws and the sampling loop (paper section 4.5, table 12).
+
+Guided logits are l_u + s (l_c - l_u). The scale s of trunk step i of M comes from one row of `GUIDANCE`:
+
+    constant      s = start
+    progressive   s = start + (end - start) i/(M-1)
+    attention     s = start + (end - start) (i/(M-1) + w a_i)      the released formula, which gave the published numbers
+    equation18    s = (start + (end - start) i/M) a_i              the paper as printed (equations 16 to 18)
+
+a_i is the last trunk layer's attention to the class token, averaged over heads, on the conditional branch.
+
+Randomness is drawn ahead, one uniform number a code, from (seed, sample index) alone, and turned into codes by the
+inverse of the cumulative distribution: sample i does not depend on batch size or process count. (Matrix kernels
+may differ in the last bits between batch sizes; in bfloat16 that can tip a draw, so keep the batch size to reproduce.)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autoregressive.models.gpt import GPT
+from utils.config import UserError
+
+Scale = Tensor | float
+
+GUIDANCE: dict[str, Callable[[float, float, int, int, Scale, float], Scale]] = {
+    # (start, end, step i, steps M, attention a, attention weight w) -> scale, a number or [B]
+    "constant": lambda start, end, i, steps, a, w: start,
+    "progressive": lambda start, end, i, steps, a, w: start + (end - start) * (i / max(steps - 1, 1)),
+    "attention": lambda start, end, i, steps, a, w: start + (end - start) * (i / max(steps - 1, 1) + w * a),
+    "equation18": lambda start, end, i, steps, a, w: (start + (end - start) * (i / steps)) * a,
+}
+
+# Table 12: guidance (start, end) by size and grid; FID published in table 3 (24x24: 300 epochs; 16x16: B, L 300, XL, XXL 50).
+CFG_RANGES: dict[tuple[str, int], tuple[float, float]] = {
+    ("GPT-B", 16): (1.75, 2.5),     # FID 4.06
+    ("GPT-L", 16): (1.4, 2.5),      # FID 2.57
+    ("GPT-XL", 16): (1.25, 3.0),    # FID 2.64
+    ("GPT-XXL", 16): (1.25, 3.0),   # FID 2.30
+    ("GPT-B", 24): (1.75, 3.0),     # FID 4.80
+    ("GPT-L", 24): (1.4, 2.5),      # FID 2.76
+    ("GPT-XL", 24): (1.35, 3.0),    # FID 2.10
+    ("GPT-XXL", 24): (1.4, 3.15),   # FID 1.76
+    ("GPT-tiny", 4): (2.0, 4.0),    # quickstart
+}
+
+
+@dataclass
+class SamplingOptions:
+    """How codes are drawn from logits."""
+
+    guidance: Literal["constant", "progressive", "attention", "equation18"] = "attention"
+    """Schedule of the guidance scale."""
+    cfg_scale: tuple[float, ...] = ()
+    """Guidance scale: one value, START END, or START END of the semantic then of the detail stream.
+    Empty: the range of table 12 for the model's size and grid; 1 switches guidance off."""
+    cfg_attention_weight: float = 0.05
+    """w of the attention schedule (released range 0.05 to 0.1)."""
+    cfg_interval: int = -1
+    """Guide only trunk steps up to this one (LlamaGen); -1 guides all."""
+    temperature: tuple[float, ...] = (1.0,)
+    """Softmax temperature, one value or one a stream; 0 takes the likeliest code."""
+    top_k: tuple[int, ...] = (0,)
+    """Keep the k likeliest codes, one value or one a stream; 0 keeps all."""
+    top_p: tuple[float, ...] = (1.0,)
+    """Keep the likeliest codes of total probability p, one value or one a stream."""
+    seed: int = 0
+    """Sample i is a function of (seed, i) alone."""
+
+
+def per_stream(values: tuple, streams: int, option: str) -> tuple:
+    """Repeat one value for all streams; raises UserError when the count fits neither one nor `streams`."""
+    if len(values) not in (1, streams):
+        raise UserError(f"{option} has {len(values)} values: give one, or one for each of the {streams} code streams.")
+    return values * streams if len(values) == 1 else values
+
+
+def cfg_ranges(options: SamplingOptions, gpt: GPT) -> list[tuple[float, float]]:
+    """The guidance (start, end) of every stream; raises UserError for a range that is upside down or incomplete."""
+    streams, values = len(gpt.config.codebook_sizes), options.cfg_scale
+    if not values:
+        key = gpt.extra.get("gpt_model"), gpt.config.grid_size
+        if key not in CFG_RANGES:
+            raise UserError(f"--cfg-scale is empty and table 12 has no range for {key[0]} on a {key[1]}x{key[1]} grid: "
+                            "give --cfg-scale START END.")
+        values = CFG_RANGES[key]
+        if options.guidance == "constant":
+            raise UserError(f"--guidance constant needs one --cfg-scale value; table 12's range is {values[0]} to {values[1]}.")
+    if len(values) not in (1, 2, 2 * streams):
+        raise UserError(f"--cfg-scale has {len(values)} values: give one, START END, or START END for each stream.")
+    values = values * 2 if len(values) == 1 else values
+    values = values * streams if len(values) == 2 else values
+    ranges = [(values[2 * stream], values[2 * stream + 1]) for stream in range(streams)]
+    for start, end in ranges:
+        if start > end or start < 0:
+            raise UserError(f"--cfg-scale {start} {end} is upside down: give START END with 0 <= START <= END.")
+        if options.guidance == "constant" and start != end:
+            raise UserError(f"--cfg-scale {start} {end} is a range but --guidance constant takes one value: "
+                            "give one value or use --guidance progressive.")
+    return ranges
+
+
+def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Set all but the top-k, then all but the top-p codes to -inf; logits [B, K], ties at the k-th value are kept.
+
+    The likeliest code always stays; a code stays while the probability before it is at most p, as in LlamaGen.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        threshold = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        probabilities = ordered.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities
+        logits = logits.masked_fill(torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before > top_p), -torch.inf)
+    return logits
+
+
+def draw_uniforms(seed: int, samples: np.ndarray, streams: int, cells: int) -> Tensor:
+    """Uniform numbers in [0, 1) of the given sample indices [B] -> float32 [B, C, N]; sample i depends on (seed, i)."""
+    draws = [np.random.Generator(np.random.Philox(key=[seed, int(index)])).random((streams, cells), dtype=np.float32)
+             for index in samples]
+    return torch.from_numpy(np.stack(draws))
+
+
+def draw_codes(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
+    """Invert the cumulative distribution: logits [B, K] and uniforms [B] -> codes [B]."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    cumulative = (logits / temperature).softmax(-1).cumsum(-1)                     # [B, K]
+    # Scaled by the last entry, which rounding may leave beside 1, so that no draw falls behind it.
+    target = uniforms[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
+
+
+class Sampler:
+    """The `pick` of one decoding: guidance, filtering and the draw, all on the device."""
+
+    def __init__(self, gpt: GPT, options: SamplingOptions, uniforms: Tensor) -> None:
+        streams = len(gpt.config.codebook_sizes)
+        self.ranges = cfg_ranges(options, gpt)
+        self.temperature = per_stream(options.temperature, streams, "--temperature")
+        self.top_k = per_stream(options.top_k, streams, "--top-k")
+        self.top_p = per_stream(options.top_p, streams, "--top-p")
+        self.options, self.uniforms, self.steps = options, uniforms, len(gpt.paradigm.cells) + 1
+        # All scales 1 is the conditional model: the unconditional rows need not be computed.
+        self.guided = options.guidance == "equation18" or any(pair != (1.0, 1.0) for pair in self.ranges)
+        self.needs_attention = self.guided and options.guidance in ("attention", "equation18")
+        self.step, self.attention, self.drawn = 0, 0.0, [0] * streams
+
+    def begin(self, step: int, attention: Tensor | None) -> None:
+        """Take note of the trunk step and, where the schedule asks, its attention to the class token [2B]."""
+        self.step = step
+        if attention is not None:
+            self.attention = attention[: len(self.uniforms), None]                 # [B, 1]
+
+    def __call__(self, logits: Tensor, stream: int) -> Tensor:
+        """Logits [B, K], or conditional rows before unconditional ones [2B, K] -> codes for the same rows."""
+        logits = logits.float()
+        if self.guided:
+            conditional, unconditional = logits.chunk(2)
+            logits = self.guide(conditional, unconditional, stream)
+        logits = filter_logits(logits, self.top_k[stream], self.top_p[stream])
+        uniforms = self.uniforms[:, stream, self.drawn[stream]]
+        self.drawn[stream] += 1
+        codes = draw_codes(logits, uniforms, self.temperature[stream])
+        return torch.cat([codes, codes]) if self.guided else codes
+
+    def guide(self, conditional: Tensor, unconditional: Tensor, stream: int) -> Tensor:
+        """Mix the two branches [B, K] with the scale of this step and stream."""
+        if -1 < self.options.cfg_interval < self.step:
+            return conditional
+        start, end = self.ranges[stream]
+        scale = GUIDANCE[self.options.guidance](start, end, self.step, self.steps, self.attention,
+                                                self.options.cfg_attention_weight)
+        return unconditional + scale * (conditional - unconditional)
+
+
+@torch.inference_mode()
+def generate(gpt: GPT, labels: Tensor, options: SamplingOptions, uniforms: Tensor) -> Tensor:
+    """Draw one grid of codes for each label.
+
+    labels: [B] in [0, num_classes); uniforms: [B, C, N] from `draw_uniforms`.  Returns codes [B, C, N] int64.
+    """
+    sampler = Sampler(gpt, options, uniforms.to(labels.device))
+    rows = torch.cat([labels, torch.full_like(labels, gpt.null_class)]) if sampler.guided else labels
+    cache = gpt.new_cache(len(rows), record_condition=sampler.needs_attention)
+    state = gpt.paradigm.new_state(len(rows))
+    x = gpt.class_token(rows)
+    for step in range(sampler.steps):
+        hidden = gpt.step(x, cache, step)
+        sampler.begin(step, cache.condition_weight)
+        x = gpt.paradigm.decode(hidden, state, sampler)
+    return state.codes[: len(labels)]

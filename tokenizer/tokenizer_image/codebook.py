@@ -1,0 +1,92 @@
+"""Care of codebooks: k-means initialisation, usage over a whole set, revival of dead codes.
+
+Not in the paper; options of the trainer.  A uniformly initialised detail codebook leaves most codes unused on small
+data (DESIGN section 9 of the plan measured 15% against 99% with k-means).
+"""
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from scipy.cluster.vq import kmeans2
+from torch import Tensor
+
+from autoregressive.models.losses import STREAMS
+from tokenizer.tokenizer_image.quantizer import VectorQuantizer
+from utils.distributed import Processes, all_reduce_sum, broadcast
+
+log = logging.getLogger("codebook")
+
+
+class CodeUsage:
+    """Counts of every code over a set of images."""
+
+    def __init__(self, codebook_sizes: tuple[int, ...], device: torch.device) -> None:
+        self.counts = [torch.zeros(size, device=device) for size in codebook_sizes]
+
+    def add(self, codes: Tensor) -> None:
+        """Count codes [B, C, ...]."""
+        for counts, stream in zip(self.counts, codes.unbind(1)):
+            counts += torch.bincount(stream.flatten(), minlength=len(counts))
+
+    def reset(self) -> None:
+        """Forget all counts."""
+        for counts in self.counts:
+            counts.zero_()
+
+    def gather(self, processes: Processes) -> None:
+        """Sum the counts of all processes."""
+        for counts in self.counts:
+            all_reduce_sum(counts, processes)
+
+    def figures(self, streams: int) -> dict[str, float]:
+        """usage_NAME, the fraction of codes used at all, and perplexity_NAME, exp of the code entropy, by stream."""
+        result = {}
+        for name, counts in zip(STREAMS[len(self.counts)][:streams], self.counts):
+            probability = counts / counts.sum().clamp_min(1)
+            result[f"usage_{name}"] = (counts > 0).float().mean().item()
+            result[f"perplexity_{name}"] = torch.special.entr(probability).sum().exp().item()
+        return result
+
+
+def warn_of_collapse(figures: dict[str, float], images: int, cells: int, sizes: tuple[int, ...]) -> None:
+    """Log a loud warning for every codebook of which less than half is used, where the set was large enough to tell."""
+    for (name, value), size in zip(((n, v) for n, v in figures.items() if n.startswith("usage_")), sizes):
+        if value < 0.5 and images * cells >= 4 * size:
+            log.warning("CODEBOOK COLLAPSE: only %.1f%% of the %d codes of the %s codebook are used over %d images; "
+                        "try --codebook-init kmeans and --revive-every 100", 100 * value, size, name[6:], images)
+
+
+@torch.no_grad()
+def initialise_codebook(quantizer: VectorQuantizer, stream: int, vectors: Tensor, seed: int, processes: Processes) -> None:
+    """Set one codebook to the k-means centres of vectors [M, d], the main process's on all processes."""
+    book = quantizer.codebooks[stream]
+    if processes.is_main:
+        data = vectors.float().cpu().numpy()
+        if len(data) < len(book):
+            log.warning("only %d vectors to initialise %d codes: draw more images", len(data), len(book))
+        centres, _ = kmeans2(data, len(book), iter=10, minit="points", seed=seed, missing="warn")
+        centres = torch.from_numpy(centres).to(book)
+        book.copy_(F.normalize(centres, dim=-1) if stream == 0 else centres)
+    broadcast(book.data, processes)
+
+
+@torch.no_grad()
+def revive_dead_codes(quantizer: VectorQuantizer, stream: int, counts: Tensor, vectors: Tensor,
+                      optimizer: torch.optim.Optimizer, processes: Processes) -> int:
+    """Move the codes that were never chosen onto random vectors [M, d] of this batch; returns how many.
+
+    counts: [K] since the last revival, summed over processes.  The optimizer's moments of moved codes start anew.
+    """
+    book = quantizer.codebooks[stream]
+    dead = (counts == 0).nonzero()[:, 0]
+    if len(dead) == 0:
+        return 0
+    # Slightly off the vector, so that codes that fall on the same one part again.
+    chosen = vectors[torch.randint(len(vectors), (len(dead),), device=vectors.device)]
+    chosen = chosen + 0.01 * vectors.std() * torch.randn_like(chosen)
+    book[dead] = broadcast(chosen.to(book), processes)
+    for moment in optimizer.state[book].values():
+        if moment.shape == book.shape:
+            moment[dead] = 0
+    return len(dead)

@@ -1,0 +1,87 @@
+"""Evaluation of a tokenizer over a whole image set: PSNR, LPIPS, usage and perplexity of every codebook, pictures."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tokenizer.tokenizer_image.codebook import CodeUsage
+from tokenizer.tokenizer_image.quantizer import Streams
+from tokenizer.tokenizer_image.vq_model import VQModel
+from utils.batches import share_loader
+from utils.distributed import Processes, all_reduce_sum
+from utils.images import ImageDataset, image_grid, to_uint8
+
+
+def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each pair in dB: uint8 [B, H, W, 3], twice -> [B]."""
+    error = (images.float() - reconstructions.float()).square().flatten(1).mean(1)
+    return 10 * torch.log10(255**2 / error.clamp_min(1e-10))
+
+
+@torch.no_grad()
+def reconstruct(tokenizer: VQModel, dataset: ImageDataset, rows: np.ndarray, streams: Streams, batch_size: int,
+                num_workers: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Pass images through the tokenizer.
+
+    Yields (rows [B], images, reconstructions, codes [B, C', h, w]); images float [B, 3, H, W] in [-1, 1] on `device`.
+    A row that could not be read comes back under the number of the image that replaced it, and is left out.
+    """
+    kept = tokenizer.quantizer.streams(streams)
+    wanted = iter(rows.tolist())
+    for images, _, found in share_loader(dataset, rows, batch_size, num_workers):
+        asked = torch.tensor([next(wanted) for _ in found])
+        readable = found == asked
+        images = images[readable].to(device, non_blocking=True)
+        if len(images) == 0:
+            continue
+        codes = tokenizer.encode(images)[:, :kept]
+        yield found[readable], images, tokenizer.decode_codes(codes), codes
+
+
+@torch.no_grad()
+def evaluate_tokenizer(tokenizer: VQModel, dataset: ImageDataset, streams: Streams, perceptual: nn.Module | None,
+                       processes: Processes, batch_size: int, num_workers: int = 0) -> dict[str, float]:
+    """Figures over the whole set, all processes together.
+
+    Returns psnr (dB, mean over images), lpips where a perceptual distance is given, usage_* and perplexity_* by
+    stream, and the number of images.
+    """
+    was_training = tokenizer.training
+    tokenizer.eval()
+    usage = CodeUsage(tokenizer.config.codebook_sizes, processes.device)
+    sums = torch.zeros(3, device=processes.device)  # PSNR, LPIPS, images
+    rows = np.arange(processes.rank, len(dataset), processes.world_size)
+    for _, images, reconstructions, codes in reconstruct(tokenizer, dataset, rows, streams, batch_size, num_workers,
+                                                         processes.device):
+        usage.add(codes)
+        sums[0] += psnr(to_uint8(images), to_uint8(reconstructions)).sum()
+        if perceptual is not None:
+            sums[1] += perceptual(images, reconstructions.clamp(-1, 1)).sum()
+        sums[2] += len(images)
+    usage.gather(processes)
+    all_reduce_sum(sums, processes)
+    tokenizer.train(was_training)
+    total_psnr, total_lpips, count = sums.tolist()
+    figures = {"psnr": total_psnr / count, "images": count}
+    if perceptual is not None:
+        figures["lpips"] = total_lpips / count
+    return figures | usage.figures(tokenizer.quantizer.streams(streams))
+
+
+@torch.no_grad()
+def reconstruction_grid(tokenizer: VQModel, dataset: ImageDataset, streams: Streams, device: torch.device, count: int = 12):
+    """A picture: originals, semantic-only reconstructions and, with more streams, full reconstructions, in rows."""
+    was_training = tokenizer.training
+    tokenizer.eval()
+    picked = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)
+    images = torch.stack([dataset[(0, int(index))][0] for index in picked]).to(device)
+    codes = tokenizer.encode(images)
+    shown, names = [images], ["real"]
+    for kept in range(1, tokenizer.quantizer.streams(streams) + 1):
+        shown.append(tokenizer.decode_codes(codes[:, :kept]))
+        names.append(("semantic", "+ detail")[kept - 1] if len(tokenizer.config.codebook_sizes) > 1 else "decoded")
+    tokenizer.train(was_training)
+    return image_grid(to_uint8(torch.cat(shown)).cpu().numpy(), len(images), rows=names,
+                      scale=max(1, 64 // images.shape[-1]))

@@ -1,0 +1,79 @@
+"""Perceptual distances for tokenizer training and evaluation: LPIPS through the `lpips` package, or a local classifier.
+
+The calibrated layer weights come with `lpips`; the backbone comes from its usual download, from a local torchvision
+state dict, or is random.  The distance in a local classifier's features serves small images for which ImageNet
+networks say little (quickstart).
+"""
+
+import logging
+from pathlib import Path
+from typing import Literal
+from urllib.error import URLError
+
+import lpips
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evaluations.c2i.classifier import load_classifier
+from utils.config import UserError, check_exists
+
+log = logging.getLogger("perceptual")
+
+PerceptualNet = Literal["vgg", "alex", "squeeze", "random", "classifier"]
+
+
+class ClassifierDistance(nn.Module):
+    """Squared distance of unit-normalised feature maps of a classifier, averaged over cells and layers."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.classifier = load_classifier(path, option="--perceptual-weights")
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1, 1], twice -> [B, 1, 1, 1]."""
+        distances = []
+        for x, y in zip(self.classifier.feature_maps(a), self.classifier.feature_maps(b), strict=True):
+            difference = F.normalize(x, dim=1) - F.normalize(y, dim=1)
+            distances.append(difference.square().sum(1, keepdim=True).mean((2, 3), keepdim=True))
+        return torch.stack(distances).mean(0)
+
+
+def build_perceptual(net: PerceptualNet, weights: str, device: torch.device) -> nn.Module:
+    """A frozen distance: ([B, 3, H, W], [B, 3, H, W]) in [-1, 1] -> [B, 1, 1, 1].
+
+    weights: path of a torchvision state dict of the backbone, or of a classifier; empty: the usual download.
+    Raises UserError when weights cannot be had, naming the options.
+    """
+    if net == "classifier":
+        model: nn.Module = ClassifierDistance(weights)
+    elif net == "random":
+        log.warning("--perceptual-net random: LPIPS runs on a RANDOM VGG16; its values compare with no published figure")
+        model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    elif weights:
+        model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+        _load_backbone(model, check_exists(weights, "--perceptual-weights", f"a torchvision {net} state dict"))
+    else:
+        try:
+            model = lpips.LPIPS(net=net, verbose=False)
+        except (URLError, OSError) as error:
+            raise UserError(f"--perceptual-net {net} needs weights that could not be downloaded ({error}): give "
+                            "--perceptual-weights PATH, or --perceptual-net random.") from error
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _load_backbone(model: nn.Module, path: Path) -> None:
+    """Copy torchvision's `features.I.*` into lpips' `sliceS.I.*`."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen types for a damaged file
+        raise UserError(f"--perceptual-weights {path} cannot be read as a state dict ({type(error).__name__}): "
+                        "give torchvision's file.") from error
+    renamed = {}
+    for name, parameter in model.net.state_dict().items():
+        source = "features." + name.split(".", 1)[1]
+        if source not in state or state[source].shape != parameter.shape:
+            raise UserError(f"--perceptual-weights {path} has no fitting {source}: give the backbone that "
+                            "--perceptual-net names.")
+        renamed[name] = state[source]
+    model.net.load_state_dict(renamed)

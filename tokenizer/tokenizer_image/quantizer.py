@@ -1,0 +1,107 @@
+"""Quantizers: from one latent vector a cell to one code a stream (paper section 4.2.1, equations 5 and 6).
+
+All quantizers share one interface and are looked up in `QUANTIZERS` by the tokenizer:
+`forward` quantizes for training, `encode` gives codes, `lookup` turns codes into latents.  Distances are computed in
+float32 whatever the autocast state, so that codes do not depend on it.
+
+Deviation from the paper: latents and the semantic codebook are L2-normalised at use and the detail codebook is not, as
+in the release.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Streams = Literal["semantic", "all"]
+
+
+@dataclass
+class Quantized:
+    """Result of a training forward: straight-through latents [B, d, h, w], codes [B, C, h, w] and both loss terms."""
+
+    latents: Tensor
+    codes: Tensor
+    codebook_loss: Tensor     # ||sg[e] - ê||², moves the codebook
+    commitment_loss: Tensor   # β ||e - sg[ê]||², moves the encoder
+
+
+def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the nearest codebook row for each vector: [M, d], [K, d] -> [M] int64."""
+    # |v|² is the same for all codes and does not change the order.
+    return torch.addmm(codebook.square().sum(1), vectors, codebook.T, alpha=-2).argmin(1)
+
+
+class VectorQuantizer(nn.Module):
+    """Single codebook (LlamaGen), L2-normalised latents and codes."""
+
+    def __init__(self, codebook_sizes: tuple[int, ...], code_dim: int, beta: float) -> None:
+        super().__init__()
+        self.beta = beta
+        self.codebooks = nn.ParameterList(torch.empty(size, code_dim).uniform_(-1 / size, 1 / size)
+                                          for size in codebook_sizes)
+        # A uniform start on the sphere: every code is a direction, none is nearer to the centre.
+        self.codebooks[0].data = F.normalize(torch.randn(codebook_sizes[0], code_dim), dim=-1)
+
+    def table(self, stream: int) -> Tensor:
+        """The codebook of a stream as it is used [K, d]."""
+        return F.normalize(self.codebooks[stream].float(), dim=-1) if stream == 0 else self.codebooks[stream].float()
+
+    def streams(self, streams: Streams) -> int:
+        """Number of streams to quantize with."""
+        return 1 if streams == "semantic" else len(self.codebooks)
+
+    def residuals(self, latents: Tensor, stream: int) -> Tensor:
+        """What the codebook of `stream` quantizes: latents [B, d, h, w] -> vectors [B h w, d]."""
+        residual = F.normalize(latents.float().movedim(1, -1).flatten(0, 2), dim=-1)
+        for earlier in range(stream):
+            table = self.table(earlier)
+            residual = residual - table[nearest(residual, table)]
+        return residual
+
+    def forward(self, latents: Tensor, streams: Streams = "all", freeze_semantic: bool = False) -> Quantized:
+        """Quantize encoder outputs [B, d, h, w].
+
+        streams: "semantic" stops after the first codebook (stage 1); freeze_semantic keeps the joint loss from moving
+        the semantic codebook (equation 9 minimises over E, D and C_d).
+        """
+        shape = latents.shape
+        with torch.autocast(latents.device.type, enabled=False):
+            e = self.residuals(latents, 0)                                         # [M, d]
+            chosen, quantized, residual = [], torch.zeros_like(e), e
+            for stream in range(self.streams(streams)):
+                table = self.table(stream)
+                table = table.detach() if stream == 0 and freeze_semantic else table
+                codes = nearest(residual.detach(), table.detach())
+                quantized = quantized + F.embedding(codes, table)
+                residual = e - quantized
+                chosen.append(codes)
+            codebook_loss = F.mse_loss(quantized, e.detach())
+            commitment_loss = self.beta * F.mse_loss(e, quantized.detach())
+            quantized = e + (quantized - e).detach()
+        grid = shape[0], *shape[2:]
+        codes = torch.stack(chosen).unflatten(1, grid).movedim(0, 1)               # [B, C, h, w]
+        return Quantized(quantized.unflatten(0, grid).movedim(-1, 1), codes, codebook_loss, commitment_loss)
+
+    @torch.no_grad()
+    def encode(self, latents: Tensor) -> Tensor:
+        """Encoder outputs [B, d, h, w] -> codes [B, C, h, w] int64."""
+        return self(latents).codes
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Codes [B, C', h, w] of the first C' streams -> latents [B, d, h, w]."""
+        parts = [F.embedding(stream, self.table(index)) for index, stream in enumerate(codes.unbind(1))]
+        return torch.stack(parts).sum(0).movedim(-1, 1)
+
+
+class SemanticDetailQuantizer(VectorQuantizer):
+    """IAR2's associated dual codebook: semantic, then the detail of the residual (equations 5 and 6)."""
+
+
+QUANTIZERS: dict[str, tuple[type[VectorQuantizer], int]] = {
+    # name: (class, number of codebooks)
+    "single": (VectorQuantizer, 1),
+    "dual": (SemanticDetailQuantizer, 2),
+}

@@ -1,0 +1,181 @@
+"""A run: its folder, log, TensorBoard, averaged metrics, cadence, resume.  The training loop itself stays in the script.
+
+Folder: `log.txt`, `options.json`, `metrics.jsonl` (one line a logged step), `tensorboard/`, `checkpoints/step-*`, and
+the exported model.  Everything random in step n comes from (seed, n, rank), so a resumed run repeats an uninterrupted
+one without saving generator states.
+"""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from utils.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from utils.config import UserError, check_writable
+from utils.distributed import Processes, all_reduce_mean
+
+log = logging.getLogger("run")
+
+
+@dataclass
+class RunOptions:
+    """Where a run lives and how often it speaks."""
+
+    run_dir: Path
+    """Folder of the run; the same command with the same folder resumes it."""
+    seed: int = 0
+    """Seed of initialisation, data order and augmentation."""
+    device: str = "auto"
+    """auto, cuda or cpu."""
+    log_every: int = 100
+    """Steps between logged averages."""
+    checkpoint_every: int = 5000
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept; older ones are removed."""
+
+
+def set_up_logging(processes: Processes, file: Path | None = None) -> None:
+    """Log to standard error and `file` in the main process, only warnings elsewhere."""
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if file is not None and processes.is_main:
+        handlers.append(logging.FileHandler(file))
+    logging.basicConfig(level=logging.INFO if processes.is_main else logging.WARNING, handlers=handlers, force=True,
+                        format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of everything random in one step of one process."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+
+
+class MeanMetrics:
+    """Running means kept on the device and read once every `log_every` steps."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Add one value each; values are 0-dimensional tensors without gradient."""
+        for name, value in metrics.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def read(self, processes: Processes) -> dict[str, float]:
+        """Means over steps and processes; starts anew.  Every process must have added the same names."""
+        if not self.sums:
+            return {}
+        names = sorted(self.sums)
+        means = all_reduce_mean(torch.stack([self.sums[name].float() / self.counts[name] for name in names]), processes)
+        self.sums, self.counts = {}, {}
+        return dict(zip(names, means.tolist()))
+
+
+class Run:
+    """Owns folder, resume, cadence, logging and averaging of one training run."""
+
+    def __init__(self, options: RunOptions, config: dict, processes: Processes, total_steps: int) -> None:
+        """config: resolved options as a plain dict, whose "model" entry must match when resuming."""
+        self.options, self.config, self.processes, self.total_steps = options, config, processes, total_steps
+        self.folder = check_writable(options.run_dir, "--run-dir")
+        set_up_logging(processes, self.folder / "log.txt")
+        self.metrics = MeanMetrics()
+        self.writer = SummaryWriter(str(self.folder / "tensorboard")) if processes.is_main else None
+        self.bar: tqdm | None = None
+        self.started, self.first_step = time.perf_counter(), 0
+
+    def resume(self, state: dict[str, Any]) -> tuple[dict[str, Any] | None, int]:
+        """Fill `state` from the newest checkpoint: (state, next step), or (None, 0) for a fresh run."""
+        found = latest_checkpoint(self.folder / "checkpoints")
+        if found is None:
+            self._start(0)
+            return None, 0
+        path, step = found
+        state = load_checkpoint(path, state, self.config)
+        log.info("resumed from %s at step %d of %d", path, step, self.total_steps)
+        self._start(step)
+        return state, step
+
+    def _start(self, step: int) -> None:
+        self.first_step = step
+        if not self.processes.is_main:
+            return
+        (self.folder / "options.json").write_text(json.dumps(self.config, indent=1))
+        metrics = self.folder / "metrics.jsonl"
+        if metrics.exists():  # lines after the checkpoint will be written again
+            kept = [line for line in metrics.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+            metrics.write_text("".join(line + "\n" for line in kept))
+
+    def steps(self) -> Iterator[int]:
+        """Step numbers still to do, under a progress bar; seeds each step from (seed, step, rank)."""
+        self.bar = tqdm(range(self.first_step, self.total_steps), initial=self.first_step, total=self.total_steps,
+                        disable=not self.processes.is_main, desc=self.folder.name, dynamic_ncols=True, mininterval=1.0)
+        with logging_redirect_tqdm():
+            for step in self.bar:
+                torch.manual_seed(step_seed(self.options.seed, step, self.processes.rank))
+                yield step
+
+    def after_step(self, step: int, images: int, **values: float) -> None:
+        """Log averaged metrics when due; images: global batch size, for the rate; values: plain numbers such as lr."""
+        done = step + 1
+        if done % self.options.log_every and done != self.total_steps:
+            return
+        means = self.metrics.read(self.processes)
+        seconds = time.perf_counter() - self.started
+        self.started = time.perf_counter()
+        steps = min(self.options.log_every, done - self.first_step)
+        self.write(done, means | values | {"images_per_second": images * steps / seconds})
+        if self.bar is not None:
+            self.bar.set_postfix_str(" ".join(f"{name}={value:.3g}" for name, value in means.items())[:100])
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Write scalars of `step` to metrics.jsonl and TensorBoard."""
+        if self.processes.is_main:
+            with (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step} | scalars) + "\n")
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, image) -> None:
+        """Show a PIL image in TensorBoard and keep it as NAME.png in the run's folder."""
+        if self.processes.is_main:
+            self.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+            image.save(self.folder / f"{name}.png")
+
+    def due(self, every: int, step: int) -> bool:
+        """True after every `every`-th step and after the last; `every` 0: only after the last."""
+        return step + 1 == self.total_steps or (every > 0 and (step + 1) % every == 0)
+
+    def checkpoint(self, step: int, state: dict[str, Any]) -> None:
+        """Save `state` as of after `step`."""
+        save_checkpoint(self.folder / "checkpoints", step + 1, state, self.config, self.processes,
+                        self.options.keep_checkpoints)
+
+    def require_finite(self, norm: Tensor, step: int) -> bool:
+        """False when the gradient norm is not finite: the step must be left out; raises UserError after ten in a row."""
+        if torch.isfinite(norm):
+            self.bad_steps = 0
+            return True
+        self.bad_steps = getattr(self, "bad_steps", 0) + 1
+        log.warning("step %d: gradient norm is %s, step left out (%d in a row)", step, norm.item(), self.bad_steps)
+        if self.bad_steps >= 10:
+            raise UserError(f"ten steps in a row up to {step} had non-finite gradients: lower --lr or switch off bf16.")
+        return False
+
+    def close(self) -> None:
+        """Flush what is pending."""
+        if self.writer is not None:
+            self.writer.close()
