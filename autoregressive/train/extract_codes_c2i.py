@@ -1,0 +1,153 @@
+"""Extract codes: images -> tokenizer -> one memory-mapped array (LlamaGen's entry point, one file instead of millions).
+
+Every process encodes a share of the missing images.  `--augmentation ten-crop` stores LlamaGen's ten crops of an image
+enlarged by `--crop-range`; `flip` the centre crop and its mirror.
+"""
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from tokenizer.tokenizer_image.vq_model import VQModel
+from utils.batches import ImageOptions
+from utils.checkpoint import load_tokenizer
+from utils.code_shards import CodeHeader, CodeWriter
+from utils.config import UserError, check_writable, parse, run_main
+from utils.distributed import Processes, setup
+from utils.images import ImageSource, UnreadableImage, center_crop, flip_crops, open_images, ten_crops, to_tensor
+from utils.run import set_up_logging
+
+log = logging.getLogger("extract_codes")
+
+
+@dataclass
+class ExtractConfig:
+    """Options of code extraction."""
+
+    images: ImageOptions
+    vq_ckpt: Path
+    """tokenizer.safetensors or the run folder that holds it."""
+    code_path: Path
+    """Folder to write."""
+    augmentation: Literal["ten-crop", "flip", "none"] = "ten-crop"
+    """Crops stored of every image: ten, two, or one."""
+    crop_range: float = 1.1
+    """Ten-crop: enlarge images by this factor before cutting (LlamaGen: 1.1 and 1.05)."""
+    batch_size: int = 32
+    """Images a process encodes at once, each with all its crops."""
+    device: str = "auto"
+    """auto, cuda or cpu."""
+
+
+CROPS = {
+    # name: (crops, function of (image, size, crop range) -> uint8 [crops, size, size, 3])
+    "ten-crop": (10, ten_crops),
+    "flip": (2, lambda image, size, crop_range: flip_crops(image, size)),
+    "none": (1, lambda image, size, crop_range: center_crop(image, size)[None]),
+}
+
+
+class CropDataset(Dataset):
+    """All crops of one image: (row, uint8 [crops, 3, H, W] tensor), or (row, None) when it cannot be read."""
+
+    def __init__(self, source: ImageSource, rows: np.ndarray, config: ExtractConfig) -> None:
+        self.source, self.rows, self.config = source, rows, config
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, item: int) -> tuple[int, Tensor | None]:
+        row = int(self.rows[item])
+        try:
+            image = self.source.load(row)
+        except UnreadableImage as error:
+            log.warning("unreadable image left out: %s", error)
+            return row, None
+        crops = CROPS[self.config.augmentation][1](image, self.config.images.image_size, self.config.crop_range)
+        return row, torch.from_numpy(np.ascontiguousarray(crops))
+
+
+def collate(items: list[tuple[int, Tensor | None]]) -> tuple[np.ndarray, Tensor | None, np.ndarray]:
+    """(readable rows, their crops [n, crops, H, W, 3] or None, unreadable rows)."""
+    good = [(row, crops) for row, crops in items if crops is not None]
+    bad = np.array([row for row, crops in items if crops is None], dtype=np.int64)
+    crops = torch.stack([crops for _, crops in good]) if good else None
+    return np.array([row for row, _ in good], dtype=np.int64), crops, bad
+
+
+def encode(tokenizer: VQModel, crops: Tensor, device: torch.device) -> np.ndarray:
+    """uint8 crops [n, crops, H, W, 3] -> codes uint16 [n, crops, C, N]."""
+    images = to_tensor(crops.flatten(0, 1)).to(device, memory_format=torch.channels_last)
+    codes = tokenizer.encode(images).flatten(2)                                    # [n crops, C, N]
+    return codes.unflatten(0, crops.shape[:2]).cpu().numpy().astype(np.uint16)
+
+
+def make_header(config: ExtractConfig, source: ImageSource, tokenizer: VQModel) -> CodeHeader:
+    """What the codes will state about themselves."""
+    size, crops = config.images.image_size, CROPS[config.augmentation][0]
+    if tokenizer.extra.get("stage") == "semantic":
+        raise UserError(f"--vq-ckpt {config.vq_ckpt} is a stage 1 tokenizer, whose detail codebook is untrained: give "
+                        "stage 2's.")
+    if size % tokenizer.config.downsampling:
+        raise UserError(f"--image-size {size} is not a multiple of {tokenizer.config.downsampling}, the tokenizer's "
+                        "downsampling.")
+    augmentation = f"ten-crop {config.crop_range}" if config.augmentation == "ten-crop" else config.augmentation
+    return CodeHeader(tokenizer.extra["fingerprint"], list(tokenizer.config.codebook_sizes),
+                      size // tokenizer.config.downsampling, size, crops, augmentation, source.num_classes, len(source),
+                      source=f"{len(source)} images of {config.images.data_path.name}")
+
+
+def extract(config: ExtractConfig, processes: Processes) -> None:
+    """Encode every missing image; finished rows are never done again."""
+    source = open_images(config.images.data_path)
+    tokenizer = load_tokenizer(config.vq_ckpt, processes.device).to(memory_format=torch.channels_last)
+    header = make_header(config, source, tokenizer)
+    check_writable(config.code_path, "--code-path")
+    if processes.is_main:
+        CodeWriter(config.code_path, header, source.labels, create=True)
+    processes.barrier()
+    writer = CodeWriter(config.code_path, header, source.labels, create=False)
+    missing = writer.missing()
+    processes.barrier()  # all have read the same state before anyone writes
+    rows = missing[processes.rank :: processes.world_size]
+    loader = DataLoader(CropDataset(source, rows, config), config.batch_size, collate_fn=collate,
+                        num_workers=config.images.num_workers)
+    bar = tqdm(total=len(rows), desc="extract", unit="images", disable=not processes.is_main, dynamic_ncols=True,
+               mininterval=1.0)
+    for readable, crops, unreadable in loader:
+        if crops is not None:
+            writer.write(readable, encode(tokenizer, crops, processes.device))
+        writer.mark_unreadable(unreadable)
+        bar.update(len(readable) + len(unreadable))
+    bar.close()
+    processes.barrier()
+    if processes.is_main:
+        unreadable = writer.finish()
+        log.info("%s: codes of %d images, %d crops each, grid %dx%d, %d classes; %d unreadable images left out",
+                 config.code_path, header.images - unreadable, header.crops, header.grid_size, header.grid_size,
+                 header.num_classes, unreadable)
+    processes.barrier()
+
+
+def main() -> None:
+    """Parse options and extract."""
+    config = parse(ExtractConfig)
+    processes = setup(config.device)
+    set_up_logging(processes)
+    extract(config, processes)
+    processes.close()
+
+
+if __name__ == "__main__":
+    run_main(main)

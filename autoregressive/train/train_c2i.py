@@ -1,0 +1,350 @@
+"""Train a class-conditional GPT on extracted codes: one loop for one device, DDP, FSDP2 and HSDP.
+
+Paper section 4.3.3 (equation 14) and table 11, whose rows `--gpt-model` and the number of tokens select; a typed flag
+wins over the recipe.  Deviation: the gradient norm is read once a step, because a non-finite step must be stopped
+before the optimizer; all other metrics stay on the device until they are logged.
+"""
+
+import logging
+import math
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.utils.data import DataLoader
+
+from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
+from autoregressive.models.losses import stream_losses
+from utils.batches import GlobalBatches
+from utils.checkpoint import export, initialise_optimizer
+from utils.code_shards import CodeDataset, CodeHeader, as_batch, read_header, require_fit
+from utils.config import UserError, parse, run_main, to_dict
+from utils.distributed import (
+    DataParallel,
+    Processes,
+    full_tensor,
+    parallelize,
+    setup,
+    split_batch,
+    synchronize_gradients,
+)
+from utils.ema import EMA
+from utils.run import Run, RunOptions, set_up_logging
+
+log = logging.getLogger("train_c2i")
+
+
+@dataclass
+class GPTOptions:
+    """Which GPT to build."""
+
+    gpt_model: str = "GPT-B"
+    """Size: GPT-tiny, GPT-small, GPT-B, GPT-L, GPT-XL, GPT-XXL, GPT-3B, GPT-XXXL."""
+    image_size: int = 256
+    """Side of the images in pixels; with --downsample-size it gives the grid."""
+    downsample_size: int = 16
+    """Pixels a grid cell covers along one axis."""
+    num_classes: int = 1000
+    """Classes of the data set."""
+    codebook_sizes: tuple[int, ...] = (256, 4096)
+    """Codes of the semantic and the detail codebook."""
+    window_size: int = 5
+    """Side K of the head's local window (equation 15)."""
+    rotary: Literal["grid", "repeated"] = "grid"
+    """Rotary rows: one a cell, or the released table, which repeats rows."""
+    head_rotary: Literal["none", "zero_summary"] = "none"
+    """Rotation of the head's slots: none, or the released zero row for the summary."""
+    dropout: float = 0.1
+    """Dropout of tokens, residual branches and feed-forward layers."""
+    class_dropout: float = 0.1
+    """Probability of training a sample without its class."""
+
+
+@dataclass
+class TrainConfig:
+    """Options of GPT training."""
+
+    run: RunOptions
+    gpt: GPTOptions
+    code_path: Path
+    """Folder written by extract_codes_c2i.py."""
+    epochs: float = 300
+    """Passes over the data, unless --steps is given."""
+    steps: int = 0
+    """Optimizer steps; 0: from --epochs."""
+    global_batch_size: int = 256
+    """Images a step, over all processes and micro-batches."""
+    micro_batch_size: int = 0
+    """Images a process takes at once; 0: its whole share (no gradient accumulation)."""
+    lr: float = 1e-4
+    """Learning rate, reached after --warmup-steps."""
+    lr_end: float = 1e-4
+    """Learning rate at the last step of the cosine schedule."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """Schedule after warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    semantic_weight: float = 1.0
+    """λ_s of equation 14."""
+    weight_decay: float = 0.05
+    """Decay of matrices and embeddings, not of norms and biases."""
+    beta1: float = 0.9
+    """AdamW."""
+    beta2: float = 0.95
+    """AdamW."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient norm to this."""
+    ema_decay: float = 0.0
+    """Average the weights with this decay and export the averages; 0: off."""
+    data_parallel: DataParallel = "ddp"
+    """none, ddp, fsdp (FSDP2 over all processes), hsdp (shards inside groups, replicates between)."""
+    shard_size: int = 0
+    """hsdp: processes a shard group has; 0: those of a node."""
+    mixed_precision: Literal["auto", "bf16", "none"] = "auto"
+    """bf16; auto: on GPUs only."""
+    activation_checkpointing: bool = False
+    """Recompute every layer in the backward pass: less memory, a third more arithmetic."""
+    compile: bool = False
+    """torch.compile every layer."""
+    num_workers: int = 4
+    """Loader processes for each training process."""
+    dry_run: bool = False
+    """Print the resolved options, parameters and estimated memory, and exit."""
+
+
+# Table 11.  AdamW (0.9, 0.95), weight decay 0.05, clip 1.0 for all.  The paper's last column of both grids is XXL; the
+# larger sizes of the table of models have no row and take XXL's.  Published FID in generate.CFG_RANGES.
+_COLUMNS = ("global_batch_size", "lr", "lr_end", "lr_schedule", "epochs", "semantic_weight", "data_parallel")
+RECIPES: dict[tuple[str, int], dict[str, Any]] = {
+    key: dict(zip(_COLUMNS, row, strict=True)) for key, row in {
+        #                   batch  lr      lr_end  schedule    epochs λ_s  parallel
+        ("GPT-B", 256):    (256, 1.0e-4, 1.0e-4, "constant", 300, 2.0, "fsdp"),
+        ("GPT-L", 256):    (256, 1.0e-4, 1.0e-4, "constant", 300, 1.0, "fsdp"),
+        ("GPT-XL", 256):   (256, 1.5e-4, 5.0e-5, "cosine",    50, 1.0, "ddp"),
+        ("GPT-XXL", 256):  (256, 1.5e-4, 5.0e-5, "cosine",    50, 1.0, "fsdp"),  # table: no FSDP; 80 GB fit it, 40 do not
+        ("GPT-B", 576):    (256, 1.0e-4, 1.0e-4, "constant", 300, 2.0, "fsdp"),
+        ("GPT-L", 576):    (256, 1.0e-4, 1.0e-4, "constant", 300, 1.0, "fsdp"),
+        ("GPT-XL", 576):   (256, 1.5e-4, 5.0e-5, "cosine",   300, 1.0, "ddp"),
+        ("GPT-XXL", 576):  (512, 3.0e-4, 1.0e-4, "cosine",   300, 1.5, "fsdp"),
+    }.items()
+}
+
+
+def recipe(config: TrainConfig) -> dict[str, Any]:
+    """Table 11's row for the size and token count that the command line names, or nothing."""
+    tokens = (config.gpt.image_size // config.gpt.downsample_size) ** 2
+    name = "GPT-XXL" if config.gpt.gpt_model in ("GPT-3B", "GPT-XXXL") else config.gpt.gpt_model
+    return RECIPES.get((name, tokens), {})
+
+
+def gpt_config(options: GPTOptions) -> GPTConfig:
+    """The model that the options describe; raises UserError for values that fit no model."""
+    if options.gpt_model not in GPT_models:
+        raise UserError(f"--gpt-model {options.gpt_model} is unknown: choose one of {', '.join(GPT_models)}.")
+    if options.image_size % options.downsample_size:
+        raise UserError(f"--image-size {options.image_size} is not a multiple of --downsample-size "
+                        f"{options.downsample_size}.")
+    if options.window_size < 3 or options.window_size % 2 == 0:
+        raise UserError(f"--window-size {options.window_size} must be odd and at least 3.")
+    return GPTConfig(
+        **GPT_models[options.gpt_model], num_classes=options.num_classes, codebook_sizes=options.codebook_sizes,
+        grid_size=options.image_size // options.downsample_size, window_size=options.window_size,
+        token_dropout=options.dropout, resid_dropout=options.dropout, ffn_dropout=options.dropout,
+        class_dropout=options.class_dropout, rotary=options.rotary, head_rotary=options.head_rotary)
+
+
+def check_codes(config: TrainConfig, model: GPTConfig) -> CodeHeader:
+    """The codes' header, refused when it does not fit the model."""
+    header = read_header(config.code_path)
+    require_fit(header, config.code_path, {
+        "codebook_sizes": (list(model.codebook_sizes), "--codebook-sizes"),
+        "grid_size": (model.grid_size, f"--image-size {config.gpt.image_size} / {config.gpt.downsample_size}"),
+        "num_classes": (model.num_classes, "--num-classes"),
+    })
+    return header
+
+
+def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
+    """Linear warm-up, then constant or cosine decay from --lr to --lr-end."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.lr_schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
+    return config.lr_end + (config.lr - config.lr_end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig, fused: bool) -> torch.optim.AdamW:
+    """AdamW that decays matrices and embeddings only."""
+    parameters = list(model.parameters())
+    groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+              {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=fused)
+    initialise_optimizer(optimizer)
+    return optimizer
+
+
+def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
+    """Whether to compute in bf16."""
+    return config.mixed_precision == "bf16" or (config.mixed_precision == "auto" and device.type == "cuda")
+
+
+@dataclass
+class Training:
+    """Everything that changes while training, and how it is saved."""
+
+    gpt: GPT            # the bare model
+    model: nn.Module    # what is called: the same, wrapped for data parallelism
+    optimizer: torch.optim.Optimizer
+    ema: EMA | None
+
+    def state(self) -> dict:
+        """Nested dict for `utils.checkpoint`; shards stay with their process."""
+        state = {"model": get_model_state_dict(self.model),
+                 "optimizer": get_optimizer_state_dict(self.model, self.optimizer)}
+        return state | ({"ema": self.ema.state_dict()} if self.ema else {})
+
+    def restore(self, state: dict) -> None:
+        """Take over a loaded state."""
+        set_model_state_dict(self.model, state["model"])
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+
+
+def set_up(config: TrainConfig, model_config: GPTConfig, processes: Processes) -> Training:
+    """Model and optimizer before the first step; every process draws the same initial weights."""
+    torch.manual_seed(config.run.seed)
+    gpt = GPT(model_config)
+    gpt.activation_checkpointing = config.activation_checkpointing
+    gpt.to(processes.device)
+    bf16 = uses_bf16(config, processes.device)
+    if config.compile:
+        for block in gpt.blocks:
+            block.compile()
+    model = parallelize(gpt, gpt.blocks, config.data_parallel, processes, bf16, config.shard_size)
+    optimizer = make_optimizer(model, config, fused=processes.device.type == "cuda")
+    return Training(gpt, model, optimizer, EMA(gpt, config.ema_decay) if config.ema_decay else None)
+
+
+def train_step(training: Training, loader, accumulation: int, config: TrainConfig, run: Run, step: int) -> None:
+    """One optimizer step over `accumulation` micro-batches (equation 14)."""
+    device = run.processes.device
+    sharded = config.data_parallel in ("fsdp", "hsdp")  # FSDP2 casts parameters itself
+    weights = (config.semantic_weight,) + (1.0,) * (len(training.gpt.config.codebook_sizes) - 1)
+    for micro in range(accumulation):
+        codes, labels = (t.to(device, non_blocking=True) for t in next(loader))
+        synchronize_gradients(training.model, last=micro == accumulation - 1)
+        with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config, device) and not sharded):
+            logits = training.model(labels, codes)
+            loss, parts = stream_losses(logits, codes, weights)
+        (loss / accumulation).backward()
+        run.metrics.add(parts)
+    norm = full_tensor(nn.utils.clip_grad_norm_(training.model.parameters(), config.max_grad_norm))
+    if run.require_finite(norm, step):
+        training.optimizer.step()
+        if training.ema:
+            training.ema.update(step)
+    training.optimizer.zero_grad(set_to_none=True)
+    run.metrics.add({"gradient_norm": norm})
+
+
+def export_gpt(training: Training, config: TrainConfig, header: CodeHeader, run: Run, step: int) -> None:
+    """Write gpt.safetensors (averaged weights where averaging is on) with all that sampling needs to know."""
+    averaged = training.ema.applied() if training.ema else nullcontext()
+    with averaged:
+        description = {"model": to_dict(training.gpt.config), "gpt_model": config.gpt.gpt_model, "step": step,
+                       "tokenizer": header.tokenizer, "image_size": header.image_size, "ema": config.ema_decay}
+        export(run.folder / "gpt.safetensors", "gpt", get_model_state_dict(training.model), description, run.processes)
+
+
+def train(config: TrainConfig, processes: Processes) -> None:
+    """Train to the end, resuming where an earlier run of the same folder stopped."""
+    model_config = gpt_config(config.gpt)
+    header = check_codes(config, model_config)
+    micro, accumulation = split_batch(config.global_batch_size, config.micro_batch_size, processes.world_size)
+    dataset = CodeDataset(config.code_path, config.run.seed)
+    probe = GlobalBatches(len(dataset), config.global_batch_size, micro, 0, 1, 0, 0, 0)
+    total_steps = config.steps or int(config.epochs * probe.steps_per_epoch)
+    run = Run(config.run, {"model": to_dict(model_config) | {"tokenizer": header.tokenizer}, "options": to_dict(config)},
+              processes, total_steps)
+    training = set_up(config, model_config, processes)
+    log.info("%s: %.1fM parameters, %d steps of %d images, %s on %d processes", config.gpt.gpt_model,
+             sum(p.numel() for p in training.gpt.parameters()) / 1e6, total_steps, config.global_batch_size,
+             config.data_parallel, processes.world_size)
+    state, first_step = run.resume(training.state())
+    if state is not None:
+        training.restore(state)
+    batches = GlobalBatches(len(dataset), config.global_batch_size, micro, processes.rank, processes.world_size,
+                            config.run.seed, first_step, total_steps)
+    loader = iter(DataLoader(dataset, batch_sampler=batches, collate_fn=as_batch, num_workers=config.num_workers,
+                             pin_memory=torch.cuda.is_available()))
+    training.model.train()
+    for step in run.steps():
+        lr = learning_rate(config, step, total_steps)
+        for group in training.optimizer.param_groups:
+            group["lr"] = lr
+        train_step(training, loader, accumulation, config, run, step)
+        run.after_step(step, config.global_batch_size, lr=lr)
+        if run.due(config.run.checkpoint_every, step):
+            run.checkpoint(step, training.state())
+            export_gpt(training, config, header, run, step + 1)
+    if not (run.folder / "gpt.safetensors").exists():
+        export_gpt(training, config, header, run, total_steps)
+    run.close()
+
+
+def print_dry_run(config: TrainConfig, processes: Processes) -> None:
+    """Resolved options, parameter count and an estimate of memory per device."""
+    model_config = gpt_config(config.gpt)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in GPT(model_config).parameters())
+    micro, accumulation = split_batch(config.global_batch_size, config.micro_batch_size, processes.world_size)
+    shards = {"fsdp": processes.world_size, "hsdp": config.shard_size or processes.world_size}.get(config.data_parallel, 1)
+    # float32 weights, gradients and two moments, and the average where kept; under FSDP a gathered bf16 block is small.
+    states = parameters * 4 * (4 + bool(config.ema_decay)) / shards
+    bf16 = 2 if uses_bf16(config, processes.device) or config.data_parallel in ("fsdp", "hsdp") else 4
+    # Kept for the backward pass, in multiples of D a token and layer: 2 norms, q, k, v, attention output, residuals
+    # about 10; SwiGLU 4 x 2.7; head layers hold C + 1 slots a cell.  Checkpointing keeps the input alone.
+    slots = len(model_config.codebook_sizes) + 1
+    layers = model_config.n_layer + model_config.head_layers * slots
+    width = 1 if config.activation_checkpointing else 21
+    activations = micro * model_config.cells * (layers * width * model_config.dim * bf16
+                                                + sum(model_config.codebook_sizes) * (bf16 + 4))
+    for name, value in to_dict(config).items():
+        for key, inner in (value.items() if isinstance(value, dict) else [(name, value)]):
+            print(f"  {key:26} {inner}")
+    print(f"parameters                   {parameters:,}")
+    print(f"micro-batch x accumulation   {micro} x {accumulation} on {processes.world_size} processes")
+    print(f"estimated memory per device  {(states + activations) / 2**30:.1f} GiB "
+          f"({states / 2**30:.1f} weights and optimizer, {activations / 2**30:.1f} activations)")
+
+
+def main() -> None:
+    """Parse options and train."""
+    config = parse(TrainConfig, recipe)
+    processes = setup(config.run.device)
+    if config.dry_run:
+        if processes.is_main:
+            print_dry_run(config, processes)
+    else:
+        set_up_logging(processes)
+        train(config, processes)
+    processes.close()
+
+
+if __name__ == "__main__":
+    run_main(main)

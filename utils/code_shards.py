@@ -1,0 +1,153 @@
+"""Codes on disk: one memory-mapped array a data set instead of a file an image.
+
+A code folder holds `codes.npy` (uint16 [images, crops, C, N]), `labels.npy` (int64 [images]), `state.npy` (uint8 a row:
+0 missing, 1 done, 2 unreadable image) and `header.json`, which says what made them.  Rows are written in place by any
+number of processes; an interrupted extraction carries on with the missing rows.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from utils.config import UserError
+
+MISSING, DONE, UNREADABLE = 0, 1, 2
+
+
+@dataclass
+class CodeHeader:
+    """What made the codes; two folders with equal headers hold codes of the same meaning."""
+
+    tokenizer: str
+    codebook_sizes: list[int]
+    grid_size: int
+    image_size: int
+    crops: int
+    augmentation: str
+    num_classes: int
+    images: int
+    source: str
+    complete: bool = False
+
+
+class CodeWriter:
+    """Creates or continues a code folder; every process of a group opens its own writer on the same folder."""
+
+    def __init__(self, folder: Path, header: CodeHeader, labels: np.ndarray, create: bool) -> None:
+        """labels: [images]; create: true in the process that may create the files, before the others open them.
+
+        Raises UserError when the folder holds codes made otherwise.
+        """
+        self.folder, self.header = folder, header
+        shape = header.images, header.crops, len(header.codebook_sizes), header.grid_size**2
+        if create:
+            self._claim(shape, labels)
+        self.codes = np.lib.format.open_memmap(folder / "codes.npy", mode="r+")
+        self.state = np.lib.format.open_memmap(folder / "state.npy", mode="r+")
+
+    def _claim(self, shape: tuple[int, ...], labels: np.ndarray) -> None:
+        wanted = asdict(self.header)
+        if (self.folder / "header.json").exists():
+            found = json.loads((self.folder / "header.json").read_text())
+            for key in wanted:
+                if key != "complete" and found.get(key) != wanted[key]:
+                    raise UserError(f"--code-path {self.folder} holds codes with {key} {found.get(key)} but this "
+                                    f"extraction has {wanted[key]}: choose another folder or delete this one.")
+            return
+        np.lib.format.open_memmap(self.folder / "codes.npy", "w+", np.uint16, shape).flush()
+        np.lib.format.open_memmap(self.folder / "state.npy", "w+", np.uint8, shape[:1]).flush()
+        np.save(self.folder / "labels.npy", labels.astype(np.int64))
+        self._write_header(wanted)
+
+    def _write_header(self, header: dict) -> None:
+        aside = self.folder / ".header.json"
+        aside.write_text(json.dumps(header, indent=1))
+        os.replace(aside, self.folder / "header.json")
+
+    def missing(self) -> np.ndarray:
+        """Rows not yet extracted."""
+        return np.flatnonzero(self.state == MISSING)
+
+    def write(self, rows: np.ndarray, codes: np.ndarray) -> None:
+        """Store codes [n, crops, C, N] of the given rows [n]; a row counts as done only after its codes are written."""
+        self.codes[rows] = codes
+        self.codes.flush()
+        self.state[rows] = DONE
+
+    def mark_unreadable(self, rows: np.ndarray) -> None:
+        """Note rows [n] whose images could not be read; readers leave them out."""
+        self.state[rows] = UNREADABLE
+
+    def finish(self) -> int:
+        """Mark the folder complete (one process, when no row is missing); returns the number of unreadable images."""
+        self.state.flush()
+        self._write_header(asdict(self.header) | {"complete": True})
+        return int((self.state == UNREADABLE).sum())
+
+
+def read_header(folder: str | Path, option: str = "--code-path") -> CodeHeader:
+    """The header of a complete code folder; raises UserError when it is missing or the extraction is unfinished."""
+    path = Path(folder) / "header.json"
+    if not path.is_file():
+        raise UserError(f"{option} {folder} holds no codes (no header.json): give a folder that extract_codes_c2i.py wrote.")
+    header = CodeHeader(**json.loads(path.read_text()))
+    if not header.complete:
+        raise UserError(f"{option} {folder} is an unfinished extraction: run the same extract_codes_c2i.py command again.")
+    return header
+
+
+def require_fit(header: CodeHeader, folder: str | Path, expected: dict) -> None:
+    """Raise UserError, naming both values, when a field of the header is not what the model expects.
+
+    expected: {header field: (value, the option that set it)}.
+    """
+    for field, (value, option) in expected.items():
+        seen = getattr(header, field)
+        if seen != value:
+            raise UserError(f"--code-path {folder} has {field} {seen} but {option} says {value}: use codes that fit the "
+                            "model, or change the option.")
+
+
+class CodeDataset(Dataset):
+    """Codes and labels straight from the memory map; items are addressed as (epoch, index) batches.
+
+    The crop of image i in epoch e comes from (seed, e, i) alone.
+    """
+
+    def __init__(self, folder: str | Path, seed: int = 0) -> None:
+        folder = Path(folder)
+        self.seed = seed
+        self.codes = np.load(folder / "codes.npy", mmap_mode="r")
+        self.rows = np.flatnonzero(np.load(folder / "state.npy") == DONE)
+        self.labels = np.load(folder / "labels.npy")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, items: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """A whole batch at once: codes int64 [B, C, N], labels int64 [B]."""
+        epochs, indices = np.array(items).T
+        rows = self.rows[indices]
+        # A counter-based hash instead of a generator an item: this runs for every image of every step.
+        crops = _mix(epochs + self.seed * 1_000_003, indices) % self.codes.shape[1]
+        return torch.from_numpy(self.codes[rows, crops].astype(np.int64)), torch.from_numpy(self.labels[rows])
+
+
+def _mix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser over a pair of integers, vectorised."""
+    with np.errstate(over="ignore"):
+        x = a.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + b.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return (x ^ (x >> np.uint64(31))).astype(np.int64) & np.int64(0x7FFFFFFFFFFFFFFF)
+
+
+def as_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Collate function: `CodeDataset.__getitems__` has already made the batch."""
+    return batch
