@@ -173,16 +173,22 @@ def expected_metrics(features: dict[str, np.ndarray]) -> dict[str, float]:
             "recall": (between <= radius["sample"]).any(1).mean()}
 
 
-def test_command_line(batches, weights, adm_features, tmp_path):
-    """What a user runs, from another folder, gives ADM's numbers as a table and as JSON."""
-    ref, sample = batches
-    command = [sys.executable, str(SCRIPT), str(ref), str(sample), "--inception-weights", str(weights), "--json",
+@pytest.fixture(scope="module")
+def command_line(batches, weights, tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
+    """The finished command and its JSON file, run from a folder outside the repository."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    command = [sys.executable, str(SCRIPT), *map(str, batches), "--inception-weights", str(weights), "--json",
                "new/result.json", "--batch-size", "5", "--device", "cpu"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "new/result.json").read_text())
-    expected = expected_metrics(adm_features)
-    for key, value in expected.items():
+    return done, folder / "new" / "result.json"
+
+
+def test_command_line(command_line, adm_features):
+    """What a user runs gives ADM's numbers as a table and as JSON."""
+    done, path = command_line
+    result = json.loads(path.read_text())
+    for key, value in expected_metrics(adm_features).items():
         assert result[key] == pytest.approx(value, rel=1e-4), key
     lines = done.stdout.splitlines()
     assert [line.split()[-1] for line in lines] == [f"{result[key]:.4f}" for key in evaluator.METRICS]
@@ -190,16 +196,14 @@ def test_command_line(batches, weights, adm_features, tmp_path):
     assert result["counts"] == {"reference": 14, "sample": 10}
     assert result["settings"]["purpose"] == "generation"
     assert "WARNING: SAMPLE" in done.stderr and "50000 images" in done.stderr
-    assert [file.name for file in (tmp_path / "new").iterdir()] == ["result.json"]
+    assert [file.name for file in path.parent.iterdir()] == ["result.json"]
 
 
-def test_cached_features_are_used_again(batches, weights, tmp_path, monkeypatch):
+def test_cached_features_are_used_again(command_line, batches, weights, tmp_path, monkeypatch):
     """A second evaluation takes seconds instead of the network's minutes, and gives the same numbers."""
-    ref, sample = batches
-    run(ref, sample, "--inception-weights", weights, "--json", tmp_path / "first.json")
     monkeypatch.setattr(evaluator, "compute_features", None)  # calling it fails
-    run(ref, sample, "--inception-weights", weights, "--json", tmp_path / "second.json")
-    first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("first", "second"))
+    run(*batches, "--inception-weights", weights, "--json", tmp_path / "second.json")
+    first, second = (json.loads(path.read_text()) for path in (command_line[1], tmp_path / "second.json"))
     assert all(first[key] == second[key] for key in evaluator.METRICS)
 
 

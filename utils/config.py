@@ -87,8 +87,10 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            sys.stderr.write(f"error: {error}\n")
+        # A loader process hands its error over wrapped in a traceback, whose last line is the sentence.
+        sentence = str(error).strip().splitlines()[-1].removeprefix("utils.config.UserError: ")
+        rank = os.environ.get("RANK", "0")
+        sys.stderr.write(f"error: {sentence}\n" if rank == "0" else f"error (process {rank}): {sentence}\n")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -65,6 +65,17 @@ def feature_statistics(features: Array) -> tuple[np.ndarray, np.ndarray]:
     return moments.finish()
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Decompose matrices in one thread: several, waiting for each other on busy cores, took up to 30 times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _root(sigma: Array) -> Tensor:
     """A factor F (D, rank) of a covariance (D, D) with F Fᵀ = sigma.
 
@@ -88,8 +99,9 @@ def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> fl
                          f"{np.shape(sigma1)} and {np.shape(sigma2)}")
     difference = torch.as_tensor(mu1).double() - torch.as_tensor(mu2).double()
     variances = torch.as_tensor(sigma1).double().trace() + torch.as_tensor(sigma2).double().trace()
-    cross = torch.linalg.svdvals(_root(sigma1).T @ _root(sigma2)).sum()
-    return float(difference @ difference + variances - 2 * cross)
+    with _one_thread():
+        cross = torch.linalg.svdvals(_root(sigma1).T @ _root(sigma2)).sum()
+    return max(float(difference @ difference + variances - 2 * cross), 0.0)
 
 
 def inception_score(probs: Array, split_size: int = SPLIT_SIZE) -> float:

@@ -1,0 +1,62 @@
+"""Draw images of chosen classes into one labelled PNG grid (LlamaGen's entry point)."""
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+from tqdm import tqdm
+
+from autoregressive.models.generate import SamplingOptions
+from autoregressive.sample.pipeline import ModelOptions, Pipeline, check_classes
+from utils.config import check_writable, parse, run_main
+from utils.distributed import setup
+from utils.images import image_grid
+from utils.run import set_up_logging
+
+log = logging.getLogger("sample_c2i")
+
+
+@dataclass
+class GridConfig:
+    """Options of a sample grid."""
+
+    models: ModelOptions
+    sampling: SamplingOptions
+    classes: tuple[int, ...] = (207, 360, 387, 974, 88, 979, 417, 279)
+    """Class ids, a row each; the default is LlamaGen's eight ImageNet classes."""
+    per_class: int = 8
+    """Images of each class."""
+    batch_size: int = 64
+    """Images drawn at once."""
+    class_names: tuple[str, ...] = ()
+    """Captions of the rows; empty: the class ids."""
+    out: Path = Path("samples/grid.png")
+    """PNG to write."""
+
+
+def main() -> None:
+    """Parse options, draw, write the picture."""
+    config = parse(GridConfig)
+    processes = setup(config.models.device)
+    set_up_logging(processes)
+    check_writable(config.out.parent, "--out")
+    pipeline = Pipeline(config.models, config.sampling, processes.device)
+    check_classes(config.classes, pipeline.num_classes, "--classes")
+    labels = np.repeat(np.array(config.classes), config.per_class)
+    images = [pipeline.sample(labels[first : first + config.batch_size],
+                              np.arange(first, min(first + config.batch_size, len(labels))))
+              for first in tqdm(range(0, len(labels), config.batch_size), desc="sample", unit="batches")]
+    names = list(config.class_names) or [f"class {value}" for value in config.classes]
+    image_grid(np.concatenate(images), config.per_class, rows=names,
+               scale=max(1, 64 // pipeline.image_size)).save(config.out)
+    log.info("wrote %s", config.out)
+    processes.close()
+
+
+if __name__ == "__main__":
+    run_main(main)

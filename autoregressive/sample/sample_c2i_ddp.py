@@ -1,0 +1,123 @@
+"""Draw many samples into one npz for evaluation, on any number of processes (LlamaGen's entry point).
+
+Sample i has label and randomness of its own, whatever the batch size and the number of processes.  Finished batches
+are on disk at once: after a crash the same command draws only what is missing.  The npz holds `arr_0` uint8 NHWC,
+`arr_1` labels and `kind`; it is written without ever holding all images in memory.
+"""
+
+import json
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+from tqdm import tqdm
+
+from autoregressive.models.generate import SamplingOptions
+from autoregressive.sample.pipeline import ModelOptions, Pipeline
+from utils.checkpoint import fingerprint
+from utils.config import UserError, parse, run_main, to_dict
+from utils.distributed import Processes, setup
+from utils.images import image_grid
+from utils.npz import ImageStore, already_finished
+from utils.run import set_up_logging
+
+log = logging.getLogger("sample_c2i_ddp")
+
+
+@dataclass
+class SampleConfig:
+    """Options of sampling to an npz."""
+
+    models: ModelOptions
+    sampling: SamplingOptions
+    out: Path = Path("samples/samples.npz")
+    """npz to write."""
+    per_class: int = 50
+    """Samples of each class."""
+    num_samples: int = 0
+    """Samples in all, classes in turn; 0: --per-class of every class."""
+    random_labels: bool = False
+    """Draw labels at random instead of evenly; ADM's protocol is even."""
+    batch_size: int = 64
+    """Samples a process draws at once."""
+
+
+def make_labels(config: SampleConfig, num_classes: int) -> np.ndarray:
+    """Class ids of all samples [M]: in turn, or drawn from (seed, sample) where --random-labels asks."""
+    count = config.num_samples or config.per_class * num_classes
+    if count < 1 or config.batch_size < 1:
+        raise UserError(f"--num-samples {count} and --batch-size {config.batch_size} must be at least 1.")
+    if config.random_labels:
+        # The second half of Philox keys: labels do not disturb the draws of codes.
+        return np.random.Generator(np.random.Philox(key=[config.sampling.seed, 2**63])).integers(num_classes, size=count)
+    return np.arange(count) % num_classes
+
+
+def draw_share(pipeline: Pipeline, store: ImageStore, labels: np.ndarray, config: SampleConfig,
+               processes: Processes) -> None:
+    """Draw this process's missing samples, batch by batch."""
+    share = np.array_split(np.arange(len(labels)), processes.world_size)[processes.rank]
+    rows = np.intersect1d(share, store.missing())
+    bar = tqdm(total=len(share), initial=len(share) - len(rows), desc="sample", unit="images",
+               disable=not processes.is_main, dynamic_ncols=True, mininterval=1.0)
+    for first in range(0, len(rows), config.batch_size):
+        batch = rows[first : first + config.batch_size]
+        # Always the same shape, so that matrix kernels and with them the samples are the same for every batch.
+        padded = np.pad(batch, (0, config.batch_size - len(batch)), mode="edge")
+        store.write(batch, pipeline.sample(labels[padded], padded)[: len(batch)])
+        bar.update(len(batch))
+    bar.close()
+
+
+def identity(config: SampleConfig, pipeline: Pipeline) -> dict:
+    """What the samples depend on: a partial file made otherwise is not continued."""
+    return {"kind": "samples", "gpt": fingerprint(pipeline.gpt.state_dict()), "tokenizer": pipeline.gpt.extra["tokenizer"],
+            "random_labels": config.random_labels, **to_dict(config.sampling)}
+
+
+def preview(images: np.ndarray, path: Path) -> None:
+    """A PNG of the first samples beside the npz: one would rather look than read."""
+    columns = min(len(images), 10)
+    image_grid(images[: columns * (len(images) // columns)], columns, scale=max(1, 64 // images.shape[1])).save(path)
+
+
+def sample(config: SampleConfig, processes: Processes) -> None:
+    """Draw all samples and write the npz."""
+    pipeline = Pipeline(config.models, config.sampling, processes.device)
+    labels = make_labels(config, pipeline.num_classes)
+    shape = len(labels), pipeline.image_size, pipeline.image_size, 3
+    about = identity(config, pipeline)
+    if already_finished(config.out, shape, about):
+        log.info("%s is there already, made by these options", config.out)
+        return
+    store = ImageStore(config.out, shape, about)
+    draw_share(pipeline, store, labels, config, processes)
+    if processes.is_main:
+        first = np.arange(min(len(labels), 100, config.batch_size))
+        padded = np.pad(first, (0, config.batch_size - len(first)), mode="edge")
+        preview(pipeline.sample(labels[padded], padded)[: len(first)], config.out.with_suffix(".png"))
+    else:
+        store.close()
+    processes.barrier()
+    if processes.is_main:
+        count = store.finish(arr_1=labels, kind=np.array("samples"), options=np.array(json.dumps(about)))
+        log.info("%s: %d samples of %d classes, %dx%d", config.out, count, pipeline.num_classes, *shape[1:3])
+
+
+def main() -> None:
+    """Parse options and sample."""
+    config = parse(SampleConfig)
+    processes = setup(config.models.device)
+    set_up_logging(processes)
+    sample(config, processes)
+    processes.barrier()
+    processes.close()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,90 @@
+"""Judge images by a small classifier: how often it sees the label, and the Fréchet distance in its features.
+
+For images that Inception says little about. The reference is a set of real images that the classifier was not trained
+on; real images judged against it give the floor of the distance.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+
+from evaluations.c2i.classifier import SmallClassifier, load_all, load_classifier
+from evaluations.c2i.metrics import feature_statistics, frechet_distance
+from utils.config import UserError, check_exists, check_writable, parse, run_main
+from utils.distributed import setup
+from utils.images import open_images, to_tensor
+
+
+@dataclass
+class JudgeConfig:
+    """Options of judging."""
+
+    classifier: Path
+    """File that classifier.py wrote."""
+    reference: Path
+    """Image folder or npz of real images."""
+    out: Path
+    """JSON to write."""
+    samples: tuple[Path, ...] = ()
+    """npz files with `arr_0` images and `arr_1` labels; each is judged under its file's name."""
+    image_size: int = 32
+    """Side of the square images in pixels."""
+    device: str = "auto"
+    """auto, cuda or cpu."""
+
+
+@torch.no_grad()
+def features_and_votes(classifier: SmallClassifier, images: np.ndarray, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [N, H, W, 3] -> features [N, F] and predicted classes [N]."""
+    features, votes = [], []
+    for first in range(0, len(images), 256):
+        batch = to_tensor(torch.from_numpy(images[first : first + 256])).to(device)
+        features.append(classifier.features(batch))
+        votes.append(classifier.output(features[-1]).argmax(1))
+    return torch.cat(features).cpu().numpy(), torch.cat(votes).cpu().numpy()
+
+
+def judge(classifier: SmallClassifier, images: np.ndarray, labels: np.ndarray, reference: tuple[np.ndarray, np.ndarray],
+          device: torch.device) -> dict[str, float]:
+    """Figures of one set: class_accuracy in [0, 1], frechet (squared distance of Gaussians), images.
+
+    images: uint8 [N, H, W, 3]; labels [N]; reference: mean and covariance of real features.
+    """
+    features, votes = features_and_votes(classifier, images, device)
+    return {"class_accuracy": float((votes == labels).mean()),
+            "frechet": frechet_distance(*reference, *feature_statistics(features)), "images": len(images)}
+
+
+def main() -> None:
+    """Parse options, judge every set, write JSON and a table."""
+    config = parse(JudgeConfig)
+    device = setup(config.device).device
+    check_writable(config.out.parent, "--out")
+    classifier = load_classifier(config.classifier).to(device)
+    images, labels = load_all(open_images(config.reference, "--reference"), config.image_size)
+    # Two disjoint halves: one is the reference of all sets, the other shows what real images score against it.
+    half = np.arange(len(images)) % 2 == 0
+    features, _ = features_and_votes(classifier, images[half], device)
+    reference = feature_statistics(features)
+    results = {"real": judge(classifier, images[~half], labels[~half], reference, device)}
+    results["real"]["class_accuracy"] = float((features_and_votes(classifier, images, device)[1] == labels).mean())
+    for path in config.samples:
+        with np.load(check_exists(path, "--samples", "an npz of samples")) as data:
+            if not {"arr_0", "arr_1"} <= set(data.files):
+                raise UserError(f"--samples {path} has the keys {data.files}: give an npz with arr_0 and arr_1.")
+            results[path.stem] = judge(classifier, data["arr_0"], data["arr_1"], reference, device)
+    config.out.write_text(json.dumps(results, indent=1))
+    for name, figures in results.items():
+        print(f"{name:24} class accuracy {figures['class_accuracy']:.3f}   Fréchet {figures['frechet']:.4f}   "
+              f"{figures['images']} images")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Train a GPT with table 11's hyper-parameters for its size; every option of train_c2i.py can follow.
+#   bash scripts/autoregressive/train_c2i.sh --gpt-model GPT-XXL --code-path DIR
+# NPROC processes a node (default: the GPUs seen, or 1); NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT as for torchrun.
+source "$(dirname "$0")/../setup.sh"
+NPROC="${NPROC:-$("$PYTHON" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}"
+model=GPT-B
+for ((i = 1; i <= $#; i++)); do
+    case "${!i}" in
+        --gpt-model) j=$((i + 1)); model="${!j}" ;;
+        --gpt-model=*) model="${!i#*=}" ;;
+    esac
+done
+launch "$REPOSITORY/autoregressive/train/train_c2i.py" --run-dir "runs/$model" "$@"

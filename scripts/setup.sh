@@ -1,0 +1,38 @@
+# Sourced by the other scripts: sets PYTHON to an interpreter that has the requirements, making .venv if none has, and
+# defines `launch`, which starts a script on NPROC processes (torchrun) or, for one, directly.
+set -euo pipefail
+REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+has_requirements() {
+    "$1" -c 'import torch, torchvision, timm, lpips, torch_fidelity, scipy, PIL, safetensors, tensorboard, tqdm, tyro, skimage, matplotlib, pytest' >/dev/null 2>&1
+}
+
+find_python() {
+    local candidate
+    for candidate in "${PYTHON:-}" "$REPOSITORY/.venv/bin/python" python3; do
+        if [ -n "$candidate" ] && command -v "$candidate" >/dev/null 2>&1 && has_requirements "$candidate"; then
+            PYTHON="$candidate"
+            return
+        fi
+    done
+    if ! command -v python3 >/dev/null 2>&1; then
+        echo "error: python3 was not found: install Python 3.10 or newer." >&2
+        exit 2
+    fi
+    echo "installing the requirements into $REPOSITORY/.venv (once, some minutes)" >&2
+    python3 -m venv "$REPOSITORY/.venv"
+    "$REPOSITORY/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$REPOSITORY/requirements.txt" >&2
+    PYTHON="$REPOSITORY/.venv/bin/python"
+}
+
+launch() {
+    if [ "${NPROC:-1}" = 1 ] && [ "${NNODES:-1}" = 1 ]; then
+        "$PYTHON" "$@"
+    else
+        "$PYTHON" -m torch.distributed.run --nnodes "${NNODES:-1}" --nproc-per-node "${NPROC:-1}" \
+            --node-rank "${NODE_RANK:-0}" --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" "$@"
+    fi
+}
+
+find_python
+export PYTHON

@@ -1,0 +1,117 @@
+"""Reconstruct an image set: npz for rFID, and PSNR, SSIM, LPIPS, codebook usage over the whole set (LlamaGen's entry point).
+
+PSNR and SSIM are means over images, on uint8 pixels with data range 255 (SSIM: scikit-image, window 7).  `arr_0` holds the
+reconstructions; compare it with the npz that `val_ddp.py` makes of the same images.
+"""
+
+import json
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+from skimage.metrics import structural_similarity
+from tqdm import tqdm
+
+from tokenizer.tokenizer_image.codebook import CodeUsage, warn_of_collapse
+from tokenizer.tokenizer_image.evaluate import psnr, reconstruct, reconstruction_grid
+from tokenizer.tokenizer_image.perceptual import PerceptualNet, build_perceptual
+from tokenizer.tokenizer_image.quantizer import Streams
+from utils.batches import ImageOptions
+from utils.checkpoint import load_tokenizer
+from utils.config import check_writable, parse, run_main
+from utils.distributed import Processes, all_reduce_sum, setup
+from utils.images import ImageDataset, open_images, to_uint8
+from utils.npz import ImageStore
+from utils.run import set_up_logging
+
+log = logging.getLogger("reconstruction_vq")
+
+
+@dataclass
+class ReconstructionConfig:
+    """Options of reconstruction."""
+
+    images: ImageOptions
+    vq_ckpt: Path
+    """tokenizer.safetensors or the run folder that holds it."""
+    out: Path
+    """npz to write; figures go beside it as JSON, a picture as PNG."""
+    streams: Streams = "all"
+    """Decode all codes, or the semantic ones alone."""
+    perceptual_net: PerceptualNet = "vgg"
+    """LPIPS backbone, random, or classifier."""
+    perceptual_weights: str = ""
+    """Local weights of it; empty: the usual download."""
+    batch_size: int = 32
+    """Images a process reconstructs at once."""
+    device: str = "auto"
+    """auto, cuda or cpu."""
+
+
+def run_share(config: ReconstructionConfig, dataset: ImageDataset, store: ImageStore, processes: Processes) -> dict:
+    """Reconstruct this process's share into the store; returns the figures of all processes together."""
+    tokenizer = load_tokenizer(config.vq_ckpt, processes.device).to(memory_format=torch.channels_last)
+    perceptual = build_perceptual(config.perceptual_net, config.perceptual_weights, processes.device)
+    usage = CodeUsage(tokenizer.config.codebook_sizes, processes.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=processes.device)  # PSNR, SSIM, LPIPS, images
+    share = np.array_split(np.arange(len(dataset)), processes.world_size)[processes.rank]
+    bar = tqdm(total=len(share), desc="reconstruct", unit="images", disable=not processes.is_main, dynamic_ncols=True,
+               mininterval=1.0)
+    for rows, images, decoded, codes in reconstruct(tokenizer, dataset, share, config.streams, config.batch_size,
+                                                    config.images.num_workers, processes.device):
+        real, fake = to_uint8(images), to_uint8(decoded)
+        store.write(rows.numpy(), fake.cpu().numpy())
+        usage.add(codes)
+        sums[0] += psnr(real, fake).sum()
+        sums[1] += sum(structural_similarity(a, b, channel_axis=-1, data_range=255)
+                       for a, b in zip(real.cpu().numpy(), fake.cpu().numpy()))
+        sums[2] += perceptual(images, decoded.clamp(-1, 1)).sum()
+        sums[3] += len(rows)
+        bar.update(len(rows))
+    bar.close()
+    store.mark_skipped(np.intersect1d(share, store.missing()))
+    usage.gather(processes)
+    total = all_reduce_sum(sums, processes).tolist()
+    figures = {name: value / total[3] for name, value in zip(("psnr", "ssim", "lpips"), total)} | {"images": int(total[3])}
+    figures |= usage.figures(tokenizer.quantizer.streams(config.streams)) | {"perceptual_net": config.perceptual_net}
+    if processes.is_main:
+        cells = (config.images.image_size // tokenizer.config.downsampling) ** 2
+        warn_of_collapse(figures, figures["images"], cells, tokenizer.config.codebook_sizes)
+        reconstruction_grid(tokenizer, dataset, config.streams, processes.device).save(config.out.with_suffix(".png"))
+    return figures
+
+
+def main() -> None:
+    """Parse options, reconstruct, write npz, figures and picture."""
+    config = parse(ReconstructionConfig)
+    processes = setup(config.device)
+    set_up_logging(processes)
+    source = open_images(config.images.data_path)
+    check_writable(config.out.parent, "--out")
+    size = config.images.image_size
+    dataset = ImageDataset(source, size)
+    # A whole set takes minutes and every figure needs every image: an interrupted run starts over.
+    store = ImageStore(config.out, (len(source), size, size, 3),
+                       {"kind": "reconstruction", "tokenizer": config.vq_ckpt, "streams": config.streams})
+    figures = run_share(config, dataset, store, processes)
+    if not processes.is_main:
+        store.close()
+    processes.barrier()
+    if processes.is_main:
+        store.finish(arr_1=source.labels, kind=np.array("reconstruction"))
+        config.out.with_suffix(".json").write_text(json.dumps(figures, indent=1))
+        for name, value in figures.items():
+            print(f"{name:22} {value if isinstance(value, str) else f'{value:.4f}'}")
+    dataset.report_skipped()
+    processes.barrier()
+    processes.close()
+
+
+if __name__ == "__main__":
+    run_main(main)
