@@ -401,6 +401,7 @@ def test_user_errors_are_one_line(tmp_path):
 WARNINGS = {
     "few samples": ({}, {}, [], "fewer than 50000 images"),
     "unbalanced labels": ({}, dict(arr_1=np.array([0, 0, 0, 1])), [], "unbalanced labels, 1 to 3 images a class"),
+    "sorted by class": ({}, dict(count=6000, arr_1=np.repeat(np.arange(10), 600)), [], "sorted by class"),
     "labels of no use": ({}, dict(arr_1=np.zeros(3)), [], "arr_1 that is not one integer label"),
     "sizes": (dict(size=8), {}, [], "8x8 pixels and those of .* 4x4"),
     "swapped": (dict(kind="samples"), {}, [], "holds samples, not real images"),
@@ -433,7 +434,7 @@ def test_pitfalls_are_pointed_out(case, tmp_path, small):
 def test_right_reference_gets_no_warning(tmp_path, small):
     """A warning that always appears is read by nobody."""
     virtual = make_file(tmp_path / "ref.npz", count=10_000, **statistics(0.0))
-    labels = np.repeat(np.arange(1000), 50)
+    labels = np.tile(np.arange(1000), 50)
     sample = make_file(tmp_path / "sample.npz", count=50_000, arr_1=labels, kind="samples")
     assert evaluator.find_pitfalls(virtual, sample, evaluator.resolve_purpose("auto", sample)) == []
     validation = make_file(tmp_path / "ref.npz", count=50_000, kind="validation")

@@ -39,7 +39,14 @@ from evaluations.c2i.inception import (
     load_inception,
     weights_file,
 )
-from evaluations.c2i.metrics import NEAREST_K, Moments, frechet_distance, inception_score, precision_recall
+from evaluations.c2i.metrics import (
+    NEAREST_K,
+    SPLIT_SIZE,
+    Moments,
+    frechet_distance,
+    inception_score,
+    precision_recall,
+)
 from utils.config import UserError, check_exists, check_writable, parse, run_main, to_dict
 from utils.npz import NPZ_ERRORS, array_header, array_keys, open_array
 
@@ -224,6 +231,9 @@ def find_pitfalls(reference: EvaluationFile, sample: EvaluationFile, purpose: st
         if counts.min() != counts.max():
             found.append(f"{sample.where} has unbalanced labels, {counts.min()} to {counts.max()} images a class in "
                          f"{len(counts)} classes: published numbers use the same number for every class.")
+        if len(labels) > SPLIT_SIZE and len(counts) > 1 and (np.diff(labels) >= 0).all():
+            found.append(f"{sample.where} is sorted by class: the inception score is taken over {SPLIT_SIZE} images at "
+                         "a time and comes out too low when these show few classes, so shuffle the samples.")
     if reference.shape and reference.shape[1:3] != sample.shape[1:3]:
         found.append(f"images of {reference.where} are {reference.shape[2]}x{reference.shape[1]} pixels and those of "
                      f"{sample.where} {sample.shape[2]}x{sample.shape[1]}: compare images of one size.")

@@ -67,7 +67,7 @@ def feature_statistics(features: Array) -> tuple[np.ndarray, np.ndarray]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Decompose matrices in one thread: several, waiting for each other on busy cores, took up to 30 times as long."""
+    """Decompose matrices in one thread: several that wait for each other on busy cores took 3 to 5 times as long."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
