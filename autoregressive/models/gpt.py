@@ -52,8 +52,8 @@ class GPTConfig:
 
 # Shapes of the paper's section 5.1 and LlamaGen's larger models; parameters of IAR2 on a 24x24 grid, 1000 classes.
 GPT_models: dict[str, dict[str, int]] = {
-    "GPT-tiny": dict(n_layer=4, dim=128, n_head=4, head_layers=2),    # quickstart
-    "GPT-small": dict(n_layer=8, dim=384, n_head=6, head_layers=3),   # 32-pixel images
+    "GPT-tiny": dict(n_layer=4, dim=128, n_head=4, head_layers=2, ffn_multiple_of=64),  # quickstart
+    "GPT-small": dict(n_layer=8, dim=384, n_head=6, head_layers=3),                     # 32-pixel images
     "GPT-B": dict(n_layer=12, dim=768, n_head=12, head_layers=5),     # 143M
     "GPT-L": dict(n_layer=24, dim=1024, n_head=16, head_layers=5),    # 408M
     "GPT-XL": dict(n_layer=36, dim=1280, n_head=20, head_layers=5),   # 884M

@@ -8,11 +8,12 @@ import logging
 
 import torch
 import torch.nn.functional as F
-from scipy.cluster.vq import kmeans2
-from torch import Tensor
+from sklearn.cluster import MiniBatchKMeans
+from torch import Tensor, nn
 
 from autoregressive.models.losses import STREAMS
-from tokenizer.tokenizer_image.quantizer import VectorQuantizer
+from tokenizer.tokenizer_image.quantizer import VectorQuantizer, nearest
+from utils.config import UserError
 from utils.distributed import Processes, all_reduce_sum, broadcast
 
 log = logging.getLogger("codebook")
@@ -58,15 +59,34 @@ def warn_of_collapse(figures: dict[str, float], images: int, cells: int, sizes: 
 
 
 @torch.no_grad()
+def whiten_projection(projection: nn.Conv2d, encoded: Tensor, processes: Processes) -> None:
+    """Make a 1x1 projection give the whitened principal components of encoder outputs [B, C, h, w].
+
+    A fresh encoder's outputs point almost one way; on the unit sphere they would all fall on a few codes, and the
+    commitment term would hold them there.
+    """
+    vectors = encoded.double().movedim(1, -1).flatten(0, 2)                        # [M, C]
+    mean = vectors.mean(0)
+    variance, directions = torch.linalg.eigh(torch.cov(vectors.T))                 # ascending
+    kept = projection.out_channels
+    rows = (directions[:, -kept:] / variance[-kept:].clamp_min(1e-12).sqrt()).T    # [d, C]
+    projection.weight.copy_(rows[..., None, None])
+    projection.bias.copy_(-rows @ mean)
+    for tensor in (projection.weight.data, projection.bias.data):
+        broadcast(tensor, processes)
+
+
+@torch.no_grad()
 def initialise_codebook(quantizer: VectorQuantizer, stream: int, vectors: Tensor, seed: int, processes: Processes) -> None:
     """Set one codebook to the k-means centres of vectors [M, d], the main process's on all processes."""
     book = quantizer.codebooks[stream]
     if processes.is_main:
         data = vectors.float().cpu().numpy()
         if len(data) < len(book):
-            log.warning("only %d vectors to initialise %d codes: draw more images", len(data), len(book))
-        centres, _ = kmeans2(data, len(book), iter=10, minit="points", seed=seed, missing="warn")
-        centres = torch.from_numpy(centres).to(book)
+            raise UserError(f"--kmeans-vectors gave {len(data)} vectors for {len(book)} codes: raise it, or use more images.")
+        # k-means++ picks far points: plain picks would fall many times on the same background patch.
+        kmeans = MiniBatchKMeans(len(book), batch_size=4096, n_init=1, max_iter=20, random_state=seed).fit(data)
+        centres = torch.from_numpy(kmeans.cluster_centers_).to(book)
         book.copy_(F.normalize(centres, dim=-1) if stream == 0 else centres)
     broadcast(book.data, processes)
 
@@ -82,8 +102,10 @@ def revive_dead_codes(quantizer: VectorQuantizer, stream: int, counts: Tensor, v
     dead = (counts == 0).nonzero()[:, 0]
     if len(dead) == 0:
         return 0
-    # Slightly off the vector, so that codes that fall on the same one part again.
-    chosen = vectors[torch.randint(len(vectors), (len(dead),), device=vectors.device)]
+    # Vectors far from every code first (as in k-means++), slightly displaced so that equal ones part again.
+    table = quantizer.table(stream)
+    distance = (vectors - table[nearest(vectors, table)]).square().sum(1)
+    chosen = vectors[torch.multinomial(distance + 1e-9, len(dead), replacement=True)]
     chosen = chosen + 0.01 * vectors.std() * torch.randn_like(chosen)
     book[dead] = broadcast(chosen.to(book), processes)
     for moment in optimizer.state[book].values():

@@ -24,7 +24,10 @@ PerceptualNet = Literal["vgg", "alex", "squeeze", "random", "classifier"]
 
 
 class ClassifierDistance(nn.Module):
-    """Squared distance of unit-normalised feature maps of a classifier, averaged over cells and layers."""
+    """Squared distance of pixels and of a classifier's unit-normalised feature maps, averaged over cells and layers.
+
+    The pixels are the first layer, as in DISTS: a small classifier's own layers see no absolute brightness.
+    """
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -32,7 +35,7 @@ class ClassifierDistance(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1], twice -> [B, 1, 1, 1]."""
-        distances = []
+        distances = [(a - b).square().sum(1, keepdim=True).mean((2, 3), keepdim=True)]
         for x, y in zip(self.classifier.feature_maps(a), self.classifier.feature_maps(b), strict=True):
             difference = F.normalize(x, dim=1) - F.normalize(y, dim=1)
             distances.append(difference.square().sum(1, keepdim=True).mean((2, 3), keepdim=True))

@@ -28,6 +28,8 @@ class VQConfig:
     residual_blocks: int = 2
     stem: int = 1
     norm_groups: int = 32
+    attention: bool = True
+    zero_residual: bool = False
     dropout: float = 0.0
 
     @property
@@ -41,10 +43,10 @@ VQ_models: dict[str, dict] = {
     "VQ-16": dict(encoder_multipliers=(1, 1, 2, 2, 4), decoder_multipliers=(1, 1, 2, 2, 4)),
     "VQ-8": dict(encoder_multipliers=(1, 2, 2, 4), decoder_multipliers=(1, 2, 2, 4)),
     # 32-pixel images: 4x4 and 8x8 cells
-    "VQ-8-small": dict(channels=32, encoder_multipliers=(1, 2, 4), decoder_multipliers=(1, 2, 4), latent_channels=64,
-                       residual_blocks=1, stem=2, norm_groups=8),
+    "VQ-8-small": dict(channels=24, encoder_multipliers=(1, 2, 4), decoder_multipliers=(1, 2, 4), latent_channels=64,
+                       residual_blocks=1, stem=2, norm_groups=8, attention=False, zero_residual=True),
     "VQ-4-small": dict(channels=64, encoder_multipliers=(1, 2), decoder_multipliers=(1, 2), latent_channels=64,
-                       residual_blocks=2, stem=2, norm_groups=16),
+                       residual_blocks=2, stem=2, norm_groups=16, attention=False, zero_residual=True),
 }
 
 
@@ -63,6 +65,9 @@ class ResidualBlock(nn.Module):
         self.norm2 = group_norm(out, config)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(out, out, 3, padding=1)
+        if config.zero_residual:  # every block starts as its shortcut: short trainings get further
+            nn.init.zeros_(self.conv2.weight)
+            nn.init.zeros_(self.conv2.bias)
         self.shortcut = nn.Conv2d(channels, out, 1) if out != channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,7 +123,7 @@ class Stage(nn.Module):
     def __init__(self, config: VQConfig, channels: int, out: int, blocks: int, attention: bool, resample) -> None:
         super().__init__()
         self.res = nn.ModuleList(ResidualBlock(config, channels if index == 0 else out, out) for index in range(blocks))
-        self.attn = nn.ModuleList(AttentionBlock(config, out) for _ in range(blocks if attention else 0))
+        self.attn = nn.ModuleList(AttentionBlock(config, out) for _ in range(blocks if attention and config.attention else 0))
         self.resample = resample(out) if resample else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,8 +137,8 @@ class Stage(nn.Module):
 
 def middle(config: VQConfig, channels: int) -> nn.Sequential:
     """Residual, attention, residual at the lowest resolution."""
-    return nn.Sequential(ResidualBlock(config, channels, channels), AttentionBlock(config, channels),
-                         ResidualBlock(config, channels, channels))
+    attention = AttentionBlock(config, channels) if config.attention else nn.Identity()
+    return nn.Sequential(ResidualBlock(config, channels, channels), attention, ResidualBlock(config, channels, channels))
 
 
 class Encoder(nn.Module):

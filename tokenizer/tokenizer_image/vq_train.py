@@ -29,6 +29,7 @@ from tokenizer.tokenizer_image.codebook import (
     initialise_codebook,
     revive_dead_codes,
     warn_of_collapse,
+    whiten_projection,
 )
 from tokenizer.tokenizer_image.discriminator import PatchGAN
 from tokenizer.tokenizer_image.evaluate import evaluate_tokenizer, reconstruction_grid
@@ -188,16 +189,17 @@ def open_datasets(config: VQTrainConfig) -> tuple[ImageDataset, ImageDataset]:
 
 @torch.no_grad()
 def introduce_codebook(model: VQModel, dataset: ImageDataset, config: VQTrainConfig, processes: Processes) -> None:
-    """k-means start of the codebook that this stage adds, on latents (stage 1) or residuals (stage 2)."""
-    stream = 1 if config.stage == "dual" else 0
+    """k-means start of the codebook that this stage adds: on whitened latents (stage 1) or on residuals (stage 2)."""
     per_image = (config.images.image_size // model.config.downsampling) ** 2
     count = min(len(dataset), -(-config.kmeans_vectors // per_image))
     rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.run.seed))[:count].tolist()
-    vectors = []
-    for first in range(0, count, 64):
-        images = torch.stack([dataset[(0, row)][0] for row in rows[first : first + 64]]).to(processes.device)
-        vectors.append(model.quantizer.residuals(model.latents(images), stream))
-    initialise_codebook(model.quantizer, stream, torch.cat(vectors), config.run.seed, processes)
+    encoded = torch.cat([model.encoder(torch.stack([dataset[(0, row)][0] for row in rows[first : first + 64]])
+                                       .to(processes.device)) for first in range(0, count, 64)])
+    stream = 1 if config.stage == "dual" else 0
+    if stream == 0 and not config.init_from:
+        whiten_projection(model.quant_conv, encoded, processes)
+    vectors = model.quantizer.residuals(model.quant_conv(encoded), stream)
+    initialise_codebook(model.quantizer, stream, vectors, config.run.seed, processes)
 
 
 def learning_rate(config: VQTrainConfig, step: int, total_steps: int) -> float:

@@ -1,0 +1,130 @@
+"""Gather what the quickstart's phases left into figures.json and report.md."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from utils.config import parse, run_main
+
+
+@dataclass
+class ReportConfig:
+    """Options of the report."""
+
+    folder: Path = Path("runs/quickstart")
+    """Folder of the quickstart."""
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    """The logged lines of a run."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def draw_curves(folder: Path) -> None:
+    """Loss curves of the three trainings in one picture."""
+    panels = [("stage 1", "vq/semantic", ("perceptual",)), ("stage 2", "vq/dual", ("pixel",)),
+              ("GPT", "gpt", ("loss_semantic", "loss_detail"))]
+    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.2))
+    for axis, (title, run_dir, names) in zip(axes, panels):
+        lines = read_metrics(folder / run_dir)
+        for name in names:
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            axis.plot(*zip(*points), label=name.replace("loss_", ""))
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(folder / "curves.png", dpi=90)
+
+
+def gather(folder: Path) -> dict:
+    """All figures, from the files the phases left."""
+    judged = json.loads((folder / "judged.json").read_text())
+    semantic, dual = (json.loads((folder / f"{name}.json").read_text()) for name in ("stage1", "stage2"))
+    return {
+        "psnr_semantic": semantic["psnr"], "psnr_dual": dual["psnr"], "ssim_dual": dual["ssim"],
+        "usage_semantic": dual["usage_semantic"], "usage_detail": dual["usage_detail"],
+        "perplexity_semantic": dual["perplexity_semantic"], "perplexity_detail": dual["perplexity_detail"],
+        "class_accuracy_guided": judged["guided"]["class_accuracy"],
+        "class_accuracy_unguided": judged["unguided"]["class_accuracy"],
+        "class_accuracy_real": judged["real"]["class_accuracy"],
+        "class_accuracy_reconstructed": judged["stage2"]["class_accuracy"],
+        "frechet_samples": judged["guided"]["frechet"], "frechet_unguided": judged["unguided"]["frechet"],
+        "frechet_reconstructed": judged["stage2"]["frechet"], "frechet_real": judged["real"]["frechet"],
+        "samples": judged["guided"]["images"],
+        "seconds": {path.name: int(path.read_text()) for path in sorted((folder / "phases").iterdir())
+                    if not path.name.startswith(".")},
+    }
+
+
+def report(figures: dict) -> str:
+    """The report in Markdown."""
+    seconds = "\n".join(f"| {name} | {value} |" for name, value in figures["seconds"].items())
+    return f"""# Quickstart: IAR2 on Fashion-MNIST
+
+10,000 training and 2,000 test images of clothes, padded to 32 pixels; 4x4 cells of one semantic and one detail code.
+
+## Reconstructions
+
+Stage 1 (semantic codes alone, its own decoder), then stage 2 (semantic codes alone, and semantic + detail):
+
+![stage 1](stage1.png)
+
+![stage 2](stage2.png)
+
+| test images | PSNR | class accuracy | Fréchet distance |
+|---|---|---|---|
+| stage 1, semantic | {figures["psnr_semantic"]:.2f} dB | | |
+| stage 2, semantic + detail | {figures["psnr_dual"]:.2f} dB | {figures["class_accuracy_reconstructed"]:.1%} | {figures["frechet_reconstructed"]:.3f} |
+| real | | {figures["class_accuracy_real"]:.1%} | {figures["frechet_real"]:.3f} |
+
+| codebook | used on the test set | perplexity |
+|---|---|---|
+| semantic, 128 codes | {figures["usage_semantic"]:.1%} | {figures["perplexity_semantic"]:.1f} |
+| detail, 512 codes | {figures["usage_detail"]:.1%} | {figures["perplexity_detail"]:.1f} |
+
+## Samples
+
+![samples by class](samples.png)
+
+| {figures["samples"]} samples | class accuracy | Fréchet distance |
+|---|---|---|
+| progressive attention-guided CFG | {figures["class_accuracy_guided"]:.1%} | {figures["frechet_samples"]:.3f} |
+| without guidance | {figures["class_accuracy_unguided"]:.1%} | {figures["frechet_unguided"]:.3f} |
+
+Accuracy and distance are those of a small classifier (`judge.safetensors`) that had no part in training the tokenizer;
+the reference of the distance is one half of the test images, and "real" is the other half.
+
+## Training
+
+![loss curves](curves.png)
+
+| phase | seconds |
+|---|---|
+{seconds}
+"""
+
+
+def main() -> None:
+    """Write figures.json and report.md, and print where they are."""
+    folder = parse(ReportConfig).folder
+    figures = gather(folder)
+    draw_curves(folder)
+    (folder / "figures.json").write_text(json.dumps(figures, indent=1))
+    (folder / "report.md").write_text(report(figures))
+    for name, value in figures.items():
+        print(f"{name:30} {value if isinstance(value, (int, dict)) else f'{value:.4f}'}")
+    print(f"report: {folder / 'report.md'}")
+
+
+if __name__ == "__main__":
+    run_main(main)

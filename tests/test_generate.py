@@ -1,0 +1,186 @@
+"""Guidance, filtering, draws and the decoding loop."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.conftest import TINY_GPT, random_codes
+from tests.test_gpt import released_gpt
+
+from autoregressive.models.generate import (
+    Sampler,
+    SamplingOptions,
+    cfg_ranges,
+    draw_codes,
+    draw_uniforms,
+    filter_logits,
+    generate,
+)
+from utils.config import UserError
+
+GOLDEN = Path(__file__).parent / "golden"
+OPTIONS = SamplingOptions(guidance="attention", cfg_scale=(1.5, 3.0), cfg_attention_weight=0.1)
+
+
+def draw(gpt, options: SamplingOptions, count: int = 6) -> torch.Tensor:
+    """Codes of samples 0 to count - 1 with labels 0, 1, 2, 0 ..."""
+    uniforms = draw_uniforms(0, np.arange(count), 2, gpt.config.cells)
+    return generate(gpt, torch.arange(count) % 3, options, uniforms)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_a_sample_does_not_depend_on_its_batch(gpt, batch):
+    """Sample i is (seed, i): more machines or a smaller batch must give the same 50,000 images."""
+    uniforms, labels = draw_uniforms(0, np.arange(8), 2, 16), torch.arange(8) % 3
+    together = generate(gpt, labels, OPTIONS, uniforms)
+    parts = [generate(gpt, labels[i : i + batch], OPTIONS, uniforms[i : i + batch]) for i in range(0, 8, batch)]
+    assert torch.equal(together, torch.cat(parts))
+
+
+def test_samples_differ_between_indices_and_seeds():
+    """A constant generator would pass the test above."""
+    a, b = draw_uniforms(0, np.arange(4), 2, 16), draw_uniforms(1, np.arange(4), 2, 16)
+    assert not torch.equal(a[0], a[1]) and not torch.equal(a, b) and torch.equal(a, draw_uniforms(0, np.arange(4), 2, 16))
+
+
+@pytest.mark.parametrize("guidance", ["constant", "progressive", "attention"])
+def test_scale_one_is_the_conditional_model(gpt, guidance):
+    """At scale 1 the unconditional branch cancels, whatever the schedule."""
+    plain = draw(gpt, replace(OPTIONS, guidance=guidance, cfg_scale=(1.0,)))
+    sampler = Sampler(gpt, replace(OPTIONS, guidance=guidance, cfg_scale=(1.0, 1.0 + 1e-9)), torch.rand(2, 2, 16))
+    sampler.begin(3, torch.rand(4))
+    conditional, unconditional = torch.randn(2, 2, 8)
+    torch.testing.assert_close(sampler.guide(conditional, unconditional, 0), conditional)
+    assert torch.equal(plain, draw(gpt, replace(OPTIONS, guidance="progressive", cfg_scale=(1.0, 1.0))))
+
+
+def test_constant_equals_progressive_with_equal_ends(gpt):
+    """The schedules of table 8 are one family."""
+    constant = draw(gpt, replace(OPTIONS, guidance="constant", cfg_scale=(2.5,)))
+    assert torch.equal(constant, draw(gpt, replace(OPTIONS, guidance="progressive", cfg_scale=(2.5, 2.5))))
+    assert not torch.equal(constant, draw(gpt, replace(OPTIONS, guidance="constant", cfg_scale=(1.0,))))
+
+
+def test_attention_weight_zero_equals_progressive(gpt):
+    """The attention term is an addition to the progressive schedule (released formula)."""
+    progressive = draw(gpt, replace(OPTIONS, guidance="progressive"))
+    assert torch.equal(progressive, draw(gpt, replace(OPTIONS, cfg_attention_weight=0.0)))
+    assert not torch.equal(progressive, draw(gpt, replace(OPTIONS, cfg_attention_weight=3.0)))
+
+
+def test_equation_18_as_printed(gpt):
+    """s_i = (start + (end - start) i / M) a_i, equations 16 to 18."""
+    sampler = Sampler(gpt, SamplingOptions(guidance="equation18", cfg_scale=(2.0, 4.0)), torch.rand(2, 2, 16))
+    attention = torch.tensor([0.25, 0.5, 0.9, 0.9])
+    sampler.begin(4, attention)
+    conditional, unconditional = torch.randn(2, 2, 8)
+    scale = (2.0 + 2.0 * 4 / 16) * attention[:2, None]
+    torch.testing.assert_close(sampler.guide(conditional, unconditional, 1),
+                               unconditional + scale * (conditional - unconditional))
+
+
+def test_cfg_interval_stops_guidance(gpt):
+    """LlamaGen's --cfg-interval: steps after it use the conditional logits alone."""
+    sampler = Sampler(gpt, replace(OPTIONS, cfg_interval=2), torch.rand(2, 2, 16))
+    conditional, unconditional = torch.randn(2, 2, 8)
+    for step, guided in [(0, True), (2, True), (3, False)]:
+        sampler.begin(step, torch.rand(4))
+        assert torch.equal(sampler.guide(conditional, unconditional, 0), conditional) != guided
+
+
+def test_attention_and_guided_logits_equal_the_released_decoder():
+    """PAG-CFG step by step against the released sampling code, on its weights, teacher-forced."""
+    gpt, io = released_gpt()
+    golden = np.load(GOLDEN / "iar2_gpt_4x4_incremental.npz")
+    codes = torch.from_numpy(np.stack([io["semantic"], io["detail"]], axis=1))
+    labels = torch.from_numpy(io["cond_idx"])
+    options = SamplingOptions(cfg_scale=(1.75, 3.0), cfg_attention_weight=float(golden["w_attn"]))
+    sampler = Sampler(gpt, options, torch.rand(3, 2, 16))
+    rows = torch.cat([labels, torch.full_like(labels, 10)])
+    cache, state, x = gpt.new_cache(6, record_condition=True), gpt.paradigm.new_state(6), gpt.class_token(rows)
+
+    def pick(logits, stream):
+        guided = sampler.guide(*logits.chunk(2), stream)
+        np.testing.assert_allclose(guided, golden[f"guided_logits_{stream + 1}"][:, step], atol=2e-4)
+        return codes[:, stream, step].repeat(2)
+
+    with torch.no_grad():
+        for step in range(16):
+            hidden = gpt.step(x, cache, step)
+            np.testing.assert_allclose(hidden, golden["hidden"][:, step], atol=1e-4)
+            np.testing.assert_allclose(cache.condition_weight[:3], golden["attn_record"][step], atol=1e-5)
+            sampler.begin(step, cache.condition_weight)
+            x = gpt.paradigm.decode(hidden, state, pick)
+
+
+def test_filtering_equals_the_released_filter():
+    """top-k and top-p decide which codes can be drawn at all."""
+    golden = np.load(GOLDEN / "topk_topp_filter.npz")
+    for key in golden.files[1:]:
+        top_k, top_p = key.removeprefix("filtered_k").split("_p")
+        assert np.array_equal(filter_logits(torch.from_numpy(golden["logits"]), int(top_k), float(top_p)), golden[key])
+
+
+def test_draws_follow_the_probabilities():
+    """Inverting the cumulative distribution must reproduce softmax(logits / temperature)."""
+    logits = torch.tensor([1.0, -torch.inf, 0.0, 2.0])
+    uniforms = (torch.arange(100_000) + 0.5) / 100_000
+    for temperature in (1.0, 0.5):
+        codes = draw_codes(logits.expand(100_000, -1), uniforms, temperature)
+        share = torch.bincount(codes, minlength=4) / 100_000
+        torch.testing.assert_close(share, (logits / temperature).softmax(-1), atol=1e-4, rtol=0)
+    ends = draw_codes(logits.expand(2, -1), torch.tensor([0.0, 1 - 2**-24]), 1.0)
+    assert ends.tolist() == [0, 3]
+    assert draw_codes(logits[None], torch.tensor([0.0]), 0.0).tolist() == [3]
+
+
+def test_a_uniform_model_draws_every_grid_equally(gpt):
+    """End to end over the loop: with zero output layers every code has the same chance in every cell."""
+    for output in gpt.paradigm.output_layers():
+        output.weight.data.zero_()
+    codes = draw(gpt, replace(OPTIONS, cfg_scale=(1.0,)), count=600)
+    for stream, size in enumerate(TINY_GPT.codebook_sizes):
+        share = torch.bincount(codes[:, stream].flatten(), minlength=size) / codes[:, stream].numel()
+        assert (share * size - 1).abs().max() < 0.15
+
+
+def test_per_stream_options_reach_their_stream(gpt):
+    """--top-k 1 0 makes the semantic stream greedy and leaves the detail stream free."""
+    options = replace(OPTIONS, top_k=(1, 0))
+    first = generate(gpt, torch.tensor([1]), options, draw_uniforms(0, np.array([0]), 2, 16))
+    second = generate(gpt, torch.tensor([1]), options, draw_uniforms(0, np.array([5]), 2, 16))
+    assert torch.equal(first[:, 0, 0], second[:, 0, 0]) and not torch.equal(first[:, 1], second[:, 1])
+
+
+@pytest.mark.parametrize("scale, guidance, sentence", [
+    ((3.0, 1.5), "attention", "upside down"), ((1.0, 2.0, 3.0), "attention", "has 3 values"),
+    ((1.5, 3.0), "constant", "takes one value"), ((), "attention", "table 12 has no range"),
+])
+def test_impossible_ranges_are_refused(gpt, scale, guidance, sentence):
+    """A wrong range must stop before any image is drawn."""
+    with pytest.raises(UserError, match=sentence):
+        cfg_ranges(SamplingOptions(guidance=guidance, cfg_scale=scale), gpt)
+
+
+def test_caches_are_allocated_once(gpt, monkeypatch):
+    """Decoding must not re-allocate caches inside the loop, nor compress a neighbour twice."""
+    from autoregressive.models import attention, gpt as gpt_module, local_head
+
+    made, compressed = [], []
+    original = attention.KVCache.__init__
+    monkeypatch.setattr(attention.KVCache, "__init__", lambda self, *a, **k: (made.append(1), original(self, *a, **k))[1])
+    gpt.paradigm.head.context.compress.register_forward_hook(lambda *a: compressed.append(1))
+    passes = []
+    gpt.paradigm.head.layers[0].register_forward_hook(lambda module, inputs, output: passes.append(inputs[0].shape[1]))
+    draw(gpt, OPTIONS)
+    assert gpt_module.KVCache is local_head.KVCache and len(made) == 2
+    assert len(compressed) == 16 + 1  # once a cell, once for the border
+    assert passes == [2, 1] * 16      # summary with state, then the semantic embedding
+
+
+def test_random_codes_helper_spans_the_codebooks():
+    """The tests above say little if their codes were all alike."""
+    codes = random_codes(8, TINY_GPT)
+    assert codes[:, 0].max() == 7 and codes[:, 1].max() == 15

@@ -1,0 +1,203 @@
+"""The GPT: sizes, causality, agreement of decoding with teacher forcing, agreement with the released computation."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.conftest import TINY_GPT, random_codes, randomise
+
+from autoregressive.models.attention import causal_attention, short_causal_attention
+from autoregressive.models.gpt import GPT, GPTConfig, build_gpt, rotary_table
+from autoregressive.models.local_head import window_indices
+from autoregressive.models.losses import stream_losses
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def teacher_forced_decode(gpt: GPT, labels: torch.Tensor, codes: torch.Tensor) -> list[torch.Tensor]:
+    """Logits of incremental decoding whose choices are the given codes: C tensors [B, N, K_c]."""
+    seen: list[list[torch.Tensor]] = [[] for _ in gpt.config.codebook_sizes]
+    drawn = [0] * len(seen)
+
+    def pick(logits: torch.Tensor, stream: int) -> torch.Tensor:
+        seen[stream].append(logits)
+        drawn[stream] += 1
+        return codes[:, stream, drawn[stream] - 1]
+
+    cache, state, x = gpt.new_cache(len(labels)), gpt.paradigm.new_state(len(labels)), gpt.class_token(labels)
+    with torch.no_grad():
+        for step in range(len(gpt.paradigm.cells) + 1):
+            x = gpt.paradigm.decode(gpt.step(x, cache, step), state, pick)
+    assert torch.equal(state.codes, codes)
+    return [torch.stack(stream, dim=1) for stream in seen]
+
+
+@pytest.mark.parametrize("name, count", [("GPT-B", 143_111_616), ("GPT-L", 408_220_160), ("GPT-XL", 884_267_200),
+                                         ("GPT-XXL", 1_570_110_336)])
+def test_parameter_counts_are_the_released_ones(name, count):
+    """A model of another size is another model: published figures would not apply."""
+    with torch.device("meta"):
+        assert sum(p.numel() for p in build_gpt(name, grid_size=24).parameters()) == count
+
+
+@pytest.mark.parametrize("options", [dict(), dict(rotary="repeated", head_rotary="zero_summary"), dict(window_size=3),
+                                     dict(window_size=7), dict(grid_size=5), dict(head_layers=1)])
+def test_cached_decoding_equals_teacher_forcing(options):
+    """Training and sampling must be the same function, or the model samples from what it never learned."""
+    gpt = randomise(GPT(replace(TINY_GPT, **options)))
+    codes, labels = random_codes(3, gpt.config), torch.tensor([0, 2, 3])
+    with torch.no_grad():
+        forced = gpt(labels, codes)
+    for full, step_by_step in zip(forced, teacher_forced_decode(gpt, labels, codes)):
+        assert full.std() > 0.05
+        torch.testing.assert_close(full, step_by_step, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("cell", [0, 5, 10, 15])
+def test_a_cell_changes_no_earlier_logits(gpt, cell):
+    """Trunk, window and head must be causal: a leak makes the loss a lie and the samples noise."""
+    codes, labels = random_codes(2, gpt.config), torch.tensor([0, 1])
+    changed = codes.clone()
+    changed[:, :, cell] = (changed[:, :, cell] + 1) % torch.tensor(gpt.config.codebook_sizes)
+    with torch.no_grad():
+        before, after = gpt(labels, codes), gpt(labels, changed)
+    for a, b in zip(before, after):
+        assert torch.equal(a[:, :cell], b[:, :cell])
+    assert torch.equal(before[0][:, cell], after[0][:, cell])
+    if cell + 1 < gpt.config.cells:
+        assert not torch.allclose(before[0][:, cell + 1 :], after[0][:, cell + 1 :])
+
+
+def test_detail_depends_on_its_own_semantic_code(gpt):
+    """Equation 13: the detail is predicted given the semantic code of the same cell, and never the other way round."""
+    codes, labels = random_codes(2, gpt.config), torch.tensor([0, 1])
+    semantic, detail = codes.clone(), codes.clone()
+    semantic[:, 0, 7] = (semantic[:, 0, 7] + 1) % gpt.config.codebook_sizes[0]
+    detail[:, 1, 7] = (detail[:, 1, 7] + 1) % gpt.config.codebook_sizes[1]
+    with torch.no_grad():
+        base, by_semantic, by_detail = (gpt(labels, c) for c in (codes, semantic, detail))
+    assert not torch.allclose(base[1][:, 7], by_semantic[1][:, 7])
+    assert torch.equal(base[0][:, 7], by_semantic[0][:, 7])
+    assert torch.equal(base[1][:, 7], by_detail[1][:, 7])
+
+
+def test_window_holds_the_causal_neighbours():
+    """Equation 15's window, against a direct enumeration: two rows above, then two cells to the left."""
+    indices = window_indices(6, 5)
+    for cell in range(36):
+        row, column = divmod(cell, 6)
+        wanted = [(row + dy) * 6 + column + dx if 0 <= row + dy and 0 <= column + dx < 6 else 36
+                  for dy, dx in [(-2, d) for d in range(-2, 3)] + [(-1, d) for d in range(-2, 3)] + [(0, -2), (0, -1)]]
+        assert indices[cell].tolist() == wanted
+
+
+def test_window_matches_the_released_indices():
+    """The order of the neighbours is part of the weights' meaning."""
+    tables = np.load(GOLDEN / "tables_4x4.npz")
+    for grid in (4, 24):
+        inside = tables[f"window_mask_{grid}x{grid}"][:, :12].astype(bool)
+        ours = window_indices(grid, 5).numpy()
+        assert np.array_equal(ours < grid**2, inside)
+        assert np.array_equal(ours[inside], tables[f"window_indices_{grid}x{grid}"][:, :12][inside])
+
+
+def test_border_cells_contribute_the_compression_of_zero(gpt):
+    """Outside neighbours are zero vectors before compression, not after: the bias must come through."""
+    context = gpt.paradigm.head.context
+    hidden = torch.randn(1, 16, 48)
+    first = context.expand(context.compress(torch.zeros(12, 48)).flatten())
+    torch.testing.assert_close(context(hidden)[0, 0], first)
+
+
+def test_rotary_rows_are_distinct_by_default_and_repeated_on_request():
+    """The paper gives every cell a row; the release repeats rows, which imported weights need."""
+    ours, released = GPT(TINY_GPT), GPT(replace(TINY_GPT, rotary="repeated"))
+    assert len(torch.unique(ours.rotary[1:].flatten(1), dim=0)) == 15
+    assert torch.equal(released.rotary[1], released.rotary[2]) and not released.rotary[0].any()
+    tables = np.load(GOLDEN / "tables_4x4.npz")
+    np.testing.assert_allclose(rotary_table(16, 64, 1e4).repeat_interleave(2, 0), tables["freqs_cis_g16_hd64"][1:], atol=1e-6)
+
+
+def test_short_attention_equals_the_general_kernel():
+    """The head's arithmetic attention is an optimisation, not another function."""
+    q, k, v = torch.randn(3, 5, 4, 3, 8)
+    torch.testing.assert_close(short_causal_attention(q, k, v), causal_attention(q, k, v))
+    torch.testing.assert_close(short_causal_attention(q[:, :, 1:], k, v), causal_attention(q, k, v)[:, :, 1:])
+
+
+def released_gpt() -> tuple[GPT, dict[str, np.ndarray]]:
+    """The golden weights under our names."""
+    names = [("cls_embedding.embedding_table", "cls_embedding"), ("factorized_blocks", "paradigm.head.layers"),
+             ("tok_embeddings1", "paradigm.embeddings.0"), ("tok_embeddings2", "paradigm.embeddings.1"),
+             ("aggregation_layer", "paradigm.fusion"), ("output1", "paradigm.outputs.0"),
+             ("output2", "paradigm.outputs.1"), ("mlp1", "paradigm.head.context.compress"),
+             ("mlp2", "paradigm.head.context.expand")]
+    state = {}
+    with np.load(GOLDEN / "iar2_gpt_4x4_weights.npz") as weights:
+        for key in weights.files:
+            name = "paradigm." + key if key.startswith("norm.") else key
+            for old, new in names:
+                name = name.replace(old, new)
+            state[name] = torch.from_numpy(weights[key])
+    gpt = GPT(GPTConfig(dim=96, n_layer=3, n_head=4, head_layers=2, num_classes=10, grid_size=4, codebook_sizes=(8, 32),
+                        token_dropout=0.0, resid_dropout=0.0, ffn_dropout=0.0, class_dropout=0.0, rotary="repeated",
+                        head_rotary="zero_summary"))
+    gpt.load_state_dict(state)
+    return gpt.eval(), dict(np.load(GOLDEN / "iar2_gpt_4x4_io.npz"))
+
+
+def test_logits_loss_and_gradients_equal_the_released_code():
+    """The released model is the method's ground truth where the paper's formulas leave room."""
+    gpt, io = released_gpt()
+    codes = torch.from_numpy(np.stack([io["semantic"], io["detail"]], axis=1))
+    logits = gpt(torch.from_numpy(io["cond_idx"]), codes)
+    for stream in (0, 1):
+        np.testing.assert_allclose(logits[stream].detach(), io[f"logits_{stream + 1}"], atol=1e-4)
+    loss, parts = stream_losses(logits, codes, (2.0, 1.0))
+    np.testing.assert_allclose([loss.item(), parts["loss_semantic"], parts["loss_detail"]],
+                               [io["loss"], io["loss_1"], io["loss_2"]], rtol=1e-5)
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in gpt.parameters()])
+    np.testing.assert_allclose(norm, io["grad_global_norm"], rtol=1e-5)
+
+
+def test_activation_checkpointing_and_compile_change_nothing():
+    """Both trade time for memory or speed; the gradients must stay."""
+    codes, labels = random_codes(2, TINY_GPT), torch.tensor([0, 1])
+    gradients = []
+    for variant in ("plain", "checkpointing", "compile"):
+        gpt = randomise(GPT(TINY_GPT)).train()
+        gpt.activation_checkpointing = variant == "checkpointing"
+        if variant == "compile":
+            for block in gpt.layers:
+                block.compile()
+        loss, _ = stream_losses(gpt(labels, codes), codes, (1.0, 1.0))
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in gpt.parameters()]))
+    torch.testing.assert_close(gradients[0], gradients[1])
+    torch.testing.assert_close(gradients[0], gradients[2], atol=1e-5, rtol=1e-4)
+
+
+def test_one_batch_can_be_overfitted():
+    """The quickest proof that inputs, targets and gradients meet: the loss of a few fixed grids goes to zero."""
+    torch.manual_seed(0)
+    gpt = GPT(TINY_GPT).train()
+    codes, labels = random_codes(4, TINY_GPT), torch.tensor([0, 1, 2, 0])
+    optimizer = torch.optim.AdamW(gpt.parameters(), lr=3e-3)
+    for _ in range(150):
+        loss, _ = stream_losses(gpt(labels, codes), codes, (1.0, 1.0))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
+
+
+def test_class_dropout_uses_the_null_class_only_while_training():
+    """Guidance needs the null class trained; sampling must never drop the class."""
+    gpt = GPT(replace(TINY_GPT, class_dropout=0.5))
+    labels = torch.zeros(1000, dtype=torch.long)
+    dropped = gpt.train().drop_classes(labels)
+    assert 400 < (dropped == gpt.null_class).sum() < 600 and set(dropped.tolist()) == {0, gpt.null_class}
+    assert torch.equal(gpt.eval().drop_classes(labels), labels)

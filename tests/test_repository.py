@@ -1,0 +1,137 @@
+"""The house rules, so that they hold without anyone watching."""
+
+import ast
+import dataclasses
+import importlib
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+ROOMS = ("tokenizer", "autoregressive", "evaluations", "utils", "scripts")
+SOURCES = sorted(path for room in ROOMS for path in (REPOSITORY / room).rglob("*.py"))
+TESTS = sorted((REPOSITORY / "tests").rglob("*.py"))
+
+
+def functions(tree: ast.AST):
+    """Every function with the names of the functions and classes around it."""
+    def walk(node, around):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield child, around
+                yield from walk(child, (*around, child))
+            else:
+                yield from walk(child, (*around, child) if isinstance(child, ast.ClassDef) else around)
+
+    yield from walk(tree, ())
+
+
+def relative(path: Path) -> str:
+    """A path as messages show it."""
+    return str(path.relative_to(REPOSITORY))
+
+
+def test_top_level_is_the_plan():
+    """A newcomer finds LlamaGen's rooms and nothing else."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True).stdout.split()
+    if not tracked:
+        pytest.skip("not a git checkout")
+    assert {name.split("/")[0] for name in tracked} == {
+        "tokenizer", "autoregressive", "evaluations", "utils", "scripts", "tests", "requirements.txt", "README.md",
+        "LICENSE", "pyproject.toml", ".gitignore", ".ci"}
+
+
+def test_files_and_functions_stay_small():
+    """A file over 500 lines, or a function over 60, is two."""
+    for path in SOURCES + TESTS:
+        text = path.read_text()
+        assert len(text.splitlines()) <= 500, relative(path)
+        for function, _ in functions(ast.parse(text)):
+            assert function.end_lineno - function.lineno + 1 <= 60, f"{relative(path)}: {function.name}"
+        for number, line in enumerate(text.splitlines(), 1):
+            assert len(line) <= 130, f"{relative(path)}:{number}"
+
+
+def test_everything_public_is_documented():
+    """Modules, public classes and public functions say what they are for."""
+    for path in SOURCES + TESTS:
+        tree = ast.parse(path.read_text())
+        if path.name != "__init__.py":
+            assert ast.get_docstring(tree), relative(path)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{relative(path)}: class {node.name}"
+        for function, around in functions(tree):
+            nested = any(isinstance(outer, ast.FunctionDef) for outer in around)
+            if not function.name.startswith("_") and not nested:
+                assert ast.get_docstring(function), f"{relative(path)}: {function.name}"
+
+
+def test_print_is_command_line_output_only():
+    """Libraries log; only an entry point's own output is printed."""
+    for path in SOURCES:
+        for node, around in functions(ast.parse(path.read_text())):
+            inner = {id(n) for f, _ in functions(node) for n in ast.walk(f)}
+            for call in ast.walk(node):
+                if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "print" and id(call) not in inner:
+                    names = [node.name, *(outer.name for outer in around)]
+                    assert any(name == "main" or name.startswith("print_") for name in names), \
+                        f"{relative(path)}:{call.lineno}"
+
+
+def option_classes() -> list[type]:
+    """Every dataclass that a command line is made of, and those inside them."""
+    roots = []
+    for path in SOURCES:
+        for name in re.findall(r"parse\((\w+)", path.read_text()):
+            module = importlib.import_module(relative(path)[:-3].replace("/", "."))
+            if dataclasses.is_dataclass(getattr(module, name, None)):
+                roots.append(getattr(module, name))
+    assert len(roots) >= 8
+    return roots
+
+
+def flat_fields(config: type) -> list[tuple[type, str]]:
+    """(declaring class, field) of all flags of one command line."""
+    found = []
+    for field in dataclasses.fields(config):
+        found += flat_fields(field.type) if dataclasses.is_dataclass(field.type) else [(config, field.name)]
+    return found
+
+
+def test_no_flag_is_declared_twice_on_a_command_line():
+    """Flags have no prefixes: two fields of one name would hide each other."""
+    for config in option_classes():
+        names = [name for _, name in flat_fields(config)]
+        assert len(names) == len(set(names)), config.__name__
+
+
+def test_every_flag_is_read_somewhere():
+    """A flag that nothing reads is a promise nobody keeps."""
+    code = "\n".join(path.read_text() for path in SOURCES)
+    for config in option_classes():
+        for owner, name in flat_fields(config):
+            assert re.search(rf"\.{name}\b", code), f"{owner.__name__}.{name}"
+
+
+def test_every_flag_is_explained():
+    """--help is the first documentation that is read."""
+    for config in option_classes():
+        for owner, name in flat_fields(config):
+            source = Path(importlib.import_module(owner.__module__).__file__).read_text()
+            assert re.search(rf'^    {name}: .*\n    """', source, re.MULTILINE), f"{owner.__name__}.{name}"
+
+
+def test_torch_load_never_unpickles_objects():
+    """A weights file from the internet must not be able to run code."""
+    for path in SOURCES:
+        for call in re.findall(r"torch\.load\([^\n]*", path.read_text()):
+            assert "weights_only=True" in call, f"{relative(path)}: {call}"
+
+
+def test_shell_scripts_parse():
+    """A script with a syntax error fails only when somebody needs it."""
+    for path in [*(REPOSITORY / "scripts").rglob("*.sh"), REPOSITORY / ".ci" / "run"]:
+        assert subprocess.run(["bash", "-n", str(path)], capture_output=True).returncode == 0, relative(path)

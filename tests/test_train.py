@@ -1,0 +1,295 @@
+"""Training for real: resume after a kill, two processes, sharding, extraction, sampling through the command lines."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.conftest import REPOSITORY, TINY_VQ, call, command, export_models, losses
+
+from autoregressive.train import extract_codes_c2i, train_c2i
+from autoregressive.train.train_c2i import RECIPES, GPTOptions, TrainConfig, learning_rate, recipe
+from utils.batches import GlobalBatches
+from utils.checkpoint import load_gpt, load_tokenizer
+from utils.code_shards import CodeDataset, CodeHeader, CodeWriter, read_header
+from utils.config import UserError, parse
+from utils.run import RunOptions
+
+TRAIN = "autoregressive/train/train_c2i.py"
+VQ_TRAIN = "tokenizer/tokenizer_image/vq_train.py"
+
+
+def write_codes(folder: Path, images: int = 48, crops: int = 2, tokenizer: str = "test") -> Path:
+    """A code folder of random codes: 8 semantic, 16 detail, 4x4 grid, three classes."""
+    rng = np.random.default_rng(0)
+    header = CodeHeader(tokenizer, [8, 16], 4, 32, crops, "flip", 3, images, source="random")
+    folder.mkdir(parents=True)
+    writer = CodeWriter(folder, header, np.arange(images) % 3, create=True)
+    codes = np.stack([rng.integers(0, size, (images, crops, 16)) for size in (8, 16)], axis=2)
+    writer.write(np.arange(images), codes.astype(np.uint16))
+    writer.finish()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory) -> Path:
+    """Random codes shared by the tests of this file."""
+    return write_codes(tmp_path_factory.mktemp("data") / "codes")
+
+
+def gpt_options(codes: Path, run_dir: Path, steps: int = 8, **extra) -> list:
+    """Command line of a small deterministic training: no dropout, one image size."""
+    options = dict(code_path=codes, run_dir=run_dir, gpt_model="GPT-tiny", image_size=32, downsample_size=8,
+                   num_classes=3, steps=steps, global_batch_size=8, lr=1e-3, log_every=1, checkpoint_every=4,
+                   num_workers=0, dropout=0.0, class_dropout=0.0, device="cpu") | extra
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    return [*flags, "--codebook-sizes", 8, 16]
+
+
+@pytest.fixture(scope="module")
+def reference(codes, tmp_path_factory) -> dict[int, float]:
+    """Losses of eight steps in one process, uninterrupted."""
+    run_dir = tmp_path_factory.mktemp("reference") / "run"
+    command(TRAIN, *gpt_options(codes, run_dir, data_parallel="none", ema_decay=0.9))
+    assert load_gpt(run_dir).config.grid_size == 4
+    return losses(run_dir)
+
+
+def test_a_killed_run_resumes_on_the_same_loss_curve(codes, tmp_path, reference):
+    """Kill -9 at any moment, same command again: the loss of every step is that of an uninterrupted run."""
+    options = gpt_options(codes, tmp_path / "run", steps=40, data_parallel="none", ema_decay=0.9)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, TRAIN, *map(str, options)], cwd=REPOSITORY, env=environment,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while process.poll() is None and time.time() < deadline:
+        checkpoints = list((tmp_path / "run" / "checkpoints").glob("step-*"))
+        if checkpoints:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.02)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    resumed = command(TRAIN, *options)
+    assert "resumed from" in resumed.stderr
+    seen = losses(tmp_path / "run")
+    assert sorted(seen) == list(range(1, 41))
+    for step, value in reference.items():
+        assert seen[step] == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp", "hsdp"])
+def test_two_processes_train_like_one(codes, tmp_path, reference, mode):
+    """Data parallelism is an implementation detail: the same batches must give the same losses."""
+    extra = dict(ema_decay=0.9) | (dict(shard_size=1) if mode == "hsdp" else {})
+    command(TRAIN, *gpt_options(codes, tmp_path / "run", data_parallel=mode, **extra), processes=2)
+    seen = losses(tmp_path / "run")
+    assert seen == pytest.approx(reference, abs=2e-5)
+    assert all(torch.isfinite(p).all() for p in load_gpt(tmp_path / "run").parameters())
+
+
+def test_a_sharded_run_resumes_on_another_world_size(codes, tmp_path, reference):
+    """Two processes' shards, carried on by one: the losses go on where they were."""
+    command(TRAIN, *gpt_options(codes, tmp_path / "run", steps=4, data_parallel="fsdp", ema_decay=0.9), processes=2)
+    command(TRAIN, *gpt_options(codes, tmp_path / "run", steps=8, data_parallel="none", ema_decay=0.9))
+    assert losses(tmp_path / "run") == pytest.approx(reference, abs=2e-5)
+
+
+def test_gradient_accumulation_does_not_change_the_run(codes, tmp_path, reference):
+    """Smaller micro-batches for smaller devices: same batch, same losses."""
+    call(train_c2i.main, *gpt_options(codes, tmp_path / "run", data_parallel="none", ema_decay=0.9, micro_batch_size=2))
+    assert losses(tmp_path / "run") == pytest.approx(reference, abs=2e-5)
+
+
+def test_a_non_finite_step_is_left_out(codes, tmp_path, monkeypatch, caplog):
+    """One bad batch must not ruin the weights and both moments of the optimizer."""
+    original, calls = train_c2i.stream_losses, []
+
+    def poisoned(logits, target, weights):
+        loss, parts = original(logits, target, weights)
+        calls.append(1)
+        return (loss * float("nan"), parts) if len(calls) == 3 else (loss, parts)
+
+    monkeypatch.setattr(train_c2i, "stream_losses", poisoned)
+    call(train_c2i.main, *gpt_options(codes, tmp_path / "run", data_parallel="none"))
+    assert all(torch.isfinite(p).all() for p in load_gpt(tmp_path / "run").parameters())
+    assert "step left out" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_recipes_are_table_11_and_typed_flags_win():
+    """--gpt-model alone selects the row; a typed flag wins over the recipe, the recipe over a default."""
+    required = ["--run-dir", "r", "--code-path", "c"]
+    config = parse(TrainConfig, recipe, [*required, "--gpt-model", "GPT-XXL", "--image-size", "384"])
+    assert (config.global_batch_size, config.lr, config.lr_end, config.lr_schedule, config.epochs,
+            config.semantic_weight, config.data_parallel) == (512, 3e-4, 1e-4, "cosine", 300, 1.5, "fsdp")
+    typed = parse(TrainConfig, recipe, [*required, "--gpt-model", "GPT-XXL", "--lr", "7e-4"])
+    assert typed.lr == 7e-4 and typed.lr_end == 5e-5 and typed.epochs == 50
+    assert len(RECIPES) == 8
+
+
+def test_learning_rate_schedules():
+    """Warm-up, then the constant or the cosine of table 11, ending at --lr-end."""
+    config = TrainConfig(RunOptions(Path("r")), GPTOptions(), Path("c"), lr=1.0, lr_end=0.1, warmup_steps=4,
+                         lr_schedule="cosine")
+    assert learning_rate(config, 0, 100) == 0.25 and learning_rate(config, 4, 100) == 1.0
+    assert learning_rate(config, 100, 100) == pytest.approx(0.1)
+    config.lr_schedule = "constant"
+    assert learning_rate(config, 99, 100) == 1.0
+
+
+def test_batches_do_not_depend_on_the_number_of_processes():
+    """Two ranks together take exactly what one takes, every epoch visits every example once, resume continues."""
+    def take(rank, world, first=0):
+        return [sorted(batch) for batch in GlobalBatches(20, 6, 6 // world, rank, world, 1, first, 6)]
+
+    alone, pair = take(0, 1), list(zip(take(0, 2), take(1, 2)))
+    assert alone == [sorted(a + b) for a, b in pair]
+    assert take(0, 1, first=4) == alone[4:]
+    first_epoch = [index for batch in alone[:3] for _, index in batch]
+    assert len(set(first_epoch)) == 18
+    assert {epoch for epoch, _ in alone[3]} == {1}
+
+
+def test_dry_run_prints_and_starts_nothing(tmp_path, capsys):
+    """One looks before one reserves 32 GPUs."""
+    call(train_c2i.main, "--gpt-model", "GPT-XXL", "--run-dir", tmp_path / "run", "--code-path", "nowhere", "--dry-run")
+    printed = capsys.readouterr().out
+    assert "1,569,521,152" in printed or "1,57" in printed
+    assert "lr_schedule                cosine" in printed and "GiB" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_codes_round_trip_through_the_memory_map(tmp_path):
+    """What is read in training is what was written, crop by crop, without the unreadable rows."""
+    folder = write_codes(tmp_path / "codes", images=10)
+    stored = np.load(folder / "codes.npy")
+    state = np.lib.format.open_memmap(folder / "state.npy", mode="r+")
+    state[3] = 2
+    state.flush()
+    dataset = CodeDataset(folder)
+    assert len(dataset) == 9
+    seen_crops = set()
+    for epoch in range(8):
+        batch, labels = dataset.__getitems__([(epoch, index) for index in range(9)])
+        for item, row in enumerate([0, 1, 2, 4, 5, 6, 7, 8, 9]):
+            matches = [crop for crop in range(2) if np.array_equal(batch[item], stored[row, crop])]
+            assert matches and labels[item] == row % 3
+            seen_crops.update(matches)
+    assert seen_crops == {0, 1}
+
+
+@pytest.fixture
+def tokenizer(tmp_path) -> Path:
+    """An exported tiny tokenizer."""
+    return export_models(tmp_path / "models")[1]
+
+
+def extract_options(images: Path, tokenizer: Path, out: Path) -> list:
+    """Command line of a flip extraction at 32 pixels."""
+    return ["--data-path", images, "--vq-ckpt", tokenizer, "--code-path", out, "--augmentation", "flip", "--image-size", 32,
+            "--num-workers", 0, "--batch-size", 4, "--device", "cpu"]
+
+
+def test_extraction_in_two_processes_equals_one_and_carries_on(images_folder, tokenizer, tmp_path):
+    """The codes of image i do not depend on who encoded it; an interrupted extraction does only what is missing."""
+    call(extract_codes_c2i.main, *extract_options(images_folder, tokenizer, tmp_path / "one"))
+    command("autoregressive/train/extract_codes_c2i.py", *extract_options(images_folder, tokenizer, tmp_path / "two"),
+            processes=2)
+    one, two = (np.load(tmp_path / name / "codes.npy") for name in ("one", "two"))
+    assert np.array_equal(one, two) and one.shape == (24, 2, 2, 16) and one.any()
+    model = load_tokenizer(tokenizer)
+    assert (one[:, :, 0] < TINY_VQ.codebook_sizes[0]).all()
+    assert read_header(tmp_path / "one").tokenizer == model.extra["fingerprint"]
+    # Undo two rows, spoil a third: only the two come back.
+    state = np.lib.format.open_memmap(tmp_path / "two" / "state.npy", mode="r+")
+    codes = np.lib.format.open_memmap(tmp_path / "two" / "codes.npy", mode="r+")
+    state[[4, 9]], codes[[4, 9, 11]] = 0, 0
+    state.flush(), codes.flush()
+    call(extract_codes_c2i.main, *extract_options(images_folder, tokenizer, tmp_path / "two"))
+    again = np.load(tmp_path / "two" / "codes.npy")
+    assert np.array_equal(again[[4, 9]], one[[4, 9]]) and not again[11].any()
+
+
+def test_unreadable_images_are_left_out_of_the_codes(images_folder, tokenizer, tmp_path, caplog):
+    """A truncated file is named, skipped and counted, and never becomes a training sample."""
+    bad = images_folder / "class1" / "3.png"
+    bad.write_bytes(bad.read_bytes()[:200])
+    call(extract_codes_c2i.main, *extract_options(images_folder, tokenizer, tmp_path / "codes"))
+    assert len(CodeDataset(tmp_path / "codes")) == 23
+    assert (np.load(tmp_path / "codes" / "state.npy") == 2).sum() == 1
+
+
+def vq_options(images: Path, run_dir: Path, stage: str, steps: int = 6, *extra) -> list:
+    """Command line of a tiny tokenizer training that uses every part: k-means, revival, EMA, discriminator."""
+    return ["--data-path", images, "--run-dir", run_dir, "--stage", stage, "--vq-model", "VQ-8-small",
+            "--codebook-sizes", 8, 16, "--image-size", 16, "--global-batch-size", 4, "--steps", steps, "--num-workers", 0,
+            "--perceptual-net", "random", "--codebook-init", "kmeans", "--kmeans-vectors", 64, "--revive-every", 2,
+            "--ema-decay", 0.9, "--disc-start", 3, "--disc-channels", 8, "--disc-layers", 1, "--log-every", 1,
+            "--checkpoint-every", 3, "--device", "cpu", *extra]
+
+
+@pytest.fixture(scope="module")
+def stage_one(tmp_path_factory) -> tuple[Path, Path]:
+    """(images, run folder) of a finished stage 1."""
+    folder = tmp_path_factory.mktemp("stage1")
+    rng = np.random.default_rng(0)
+    np.savez(folder / "images.npz", images=rng.integers(0, 255, (24, 20, 18, 3), dtype=np.uint8), labels=np.arange(24) % 3)
+    command(VQ_TRAIN, *vq_options(folder / "images.npz", folder / "run", "semantic"))
+    return folder / "images.npz", folder / "run"
+
+
+def test_tokenizer_stages_resume_and_chain(stage_one, tmp_path):
+    """Stage 2 starts from stage 1's weights and an interrupted stage 2 goes on as if nothing had happened."""
+    images, first = stage_one
+    start = ["--init-from", first, "--recipe", "released"]
+    command(VQ_TRAIN, *vq_options(images, tmp_path / "whole", "dual", 6, *start))
+    command(VQ_TRAIN, *vq_options(images, tmp_path / "parts", "dual", 6, *start, "--checkpoint-every", 2))
+    newest = sorted((tmp_path / "parts" / "checkpoints").iterdir())[-1]
+    for path in [newest, *newest.glob("*")]:  # as if killed between the last two checkpoints
+        if path.is_file():
+            path.unlink()
+    newest.rmdir()
+    resumed = command(VQ_TRAIN, *vq_options(images, tmp_path / "parts", "dual", 6, *start, "--checkpoint-every", 2))
+    assert "at step 4 of 6" in resumed.stderr
+    assert losses(tmp_path / "parts", "total") == pytest.approx(losses(tmp_path / "whole", "total"), rel=1e-4)
+    model = load_tokenizer(tmp_path / "whole")
+    assert model.extra["stage"] == "dual" and (tmp_path / "whole" / "reconstructions.png").exists()
+    assert {"psnr", "usage_semantic", "usage_detail", "perplexity_detail"} <= set(model.extra["figures"])
+
+
+def test_tokenizer_training_in_two_processes_equals_one(stage_one, tmp_path):
+    """Averaged gradients over two processes are the gradients of the whole batch."""
+    images, first = stage_one
+    options = ["--init-from", first, "--disc-start", 100, "--revive-every", 0]
+    command(VQ_TRAIN, *vq_options(images, tmp_path / "one", "dual", 4, *options))
+    command(VQ_TRAIN, *vq_options(images, tmp_path / "two", "dual", 4, *options), processes=2)
+    assert losses(tmp_path / "two", "total") == pytest.approx(losses(tmp_path / "one", "total"), rel=1e-3)
+    figures = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()][-1]
+    assert figures["eval/images"] == 24
+
+
+def test_sampling_in_two_processes_equals_one_and_survives_a_crash(models, tmp_path):
+    """The npz is the same for any number of processes and batch size; finished batches are not drawn again."""
+    gpt, tokenizer = models
+    options = ["--gpt-ckpt", gpt, "--vq-ckpt", tokenizer, "--num-samples", 11, "--cfg-scale", 1.5, 3.0, "--device", "cpu"]
+    script = "autoregressive/sample/sample_c2i_ddp.py"
+    command(script, *options, "--out", tmp_path / "one.npz", "--batch-size", 4)
+    command(script, *options, "--out", tmp_path / "two.npz", "--batch-size", 3, processes=2)
+    with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
+        assert np.array_equal(one["arr_0"], two["arr_0"]) and one["arr_0"].shape == (11, 32, 32, 3)
+        assert one["arr_1"].tolist() == [i % 3 for i in range(11)] and one["arr_0"].std() > 1
+    assert not (tmp_path / "one.partial").exists() and (tmp_path / "one.png").exists()
+
+
+def test_config_errors_are_user_errors(codes, tmp_path):
+    """Options that fit no model are refused before anything is built."""
+    with pytest.raises(UserError, match="must be odd"):
+        train_c2i.gpt_config(GPTOptions(window_size=4))
+    with pytest.raises(UserError, match="unknown"):
+        train_c2i.gpt_config(GPTOptions(gpt_model="GPT-Q"))
