@@ -98,10 +98,11 @@ def parallelize(model: nn.Module, blocks: list[nn.Module], mode: DataParallel, p
             raise UserError(f"--shard-size {shard_size} does not divide the {world_size} processes: choose a divisor.")
         mesh = init_device_mesh(processes.device.type, (world_size // shard_size, shard_size),
                                 mesh_dim_names=("replicate", "shard"))
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+    types = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else {}
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(**types))
+    # Logits leave in float32: the loss is not computed in bf16.
+    return fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(**types, output_dtype=torch.float32))
 
 
 def synchronize_gradients(model: nn.Module, last: bool) -> None:

@@ -104,7 +104,7 @@ class Run:
             self._start(0)
             return None, 0
         path, step = found
-        state = load_checkpoint(path, state, self.config)
+        state = load_checkpoint(path, state, self.config, self.processes)
         log.info("resumed from %s at step %d of %d", path, step, self.total_steps)
         self._start(step)
         return state, step

@@ -122,8 +122,8 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 def draw_uniforms(seed: int, samples: np.ndarray, streams: int, cells: int) -> Tensor:
     """Uniform numbers in [0, 1) of the given sample indices [B] -> float32 [B, C, N]; sample i depends on (seed, i)."""
-    draws = [np.random.Generator(np.random.Philox(key=[seed, int(index)])).random((streams, cells), dtype=np.float32)
-             for index in samples]
+    keys = np.stack([np.full(len(samples), seed), samples], axis=1).astype(np.uint64)
+    draws = [np.random.Generator(np.random.Philox(key=key)).random((streams, cells), dtype=np.float32) for key in keys]
     return torch.from_numpy(np.stack(draws))
 
 

@@ -23,7 +23,7 @@ from utils.checkpoint import fingerprint
 from utils.config import UserError, parse, run_main, to_dict
 from utils.distributed import Processes, setup
 from utils.images import image_grid
-from utils.npz import ImageStore, already_finished
+from utils.npz import ImageStore, already_finished, open_array
 from utils.run import set_up_logging
 
 log = logging.getLogger("sample_c2i_ddp")
@@ -53,8 +53,9 @@ def make_labels(config: SampleConfig, num_classes: int) -> np.ndarray:
     if count < 1 or config.batch_size < 1:
         raise UserError(f"--num-samples {count} and --batch-size {config.batch_size} must be at least 1.")
     if config.random_labels:
-        # The second half of Philox keys: labels do not disturb the draws of codes.
-        return np.random.Generator(np.random.Philox(key=[config.sampling.seed, 2**63])).integers(num_classes, size=count)
+        # A key that no sample index reaches: labels do not disturb the draws of codes.
+        key = np.array([config.sampling.seed, 2**63], dtype=np.uint64)
+        return np.random.Generator(np.random.Philox(key=key)).integers(num_classes, size=count)
     return np.arange(count) % num_classes
 
 
@@ -97,15 +98,12 @@ def sample(config: SampleConfig, processes: Processes) -> None:
         return
     store = ImageStore(config.out, shape, about)
     draw_share(pipeline, store, labels, config, processes)
-    if processes.is_main:
-        first = np.arange(min(len(labels), 100, config.batch_size))
-        padded = np.pad(first, (0, config.batch_size - len(first)), mode="edge")
-        preview(pipeline.sample(labels[padded], padded)[: len(first)], config.out.with_suffix(".png"))
-    else:
+    if not processes.is_main:
         store.close()
     processes.barrier()
     if processes.is_main:
         count = store.finish(arr_1=labels, kind=np.array("samples"), options=np.array(json.dumps(about)))
+        preview(open_array(config.out, "arr_0")[:100], config.out.with_suffix(".png"))
         log.info("%s: %d samples of %d classes, %dx%d", config.out, count, pipeline.num_classes, *shape[1:3])
 
 

@@ -6,6 +6,6 @@
 source "$(dirname "$0")/../setup.sh"
 NPROC="${NPROC:-$("$PYTHON" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}"
 RUN_DIR="${RUN_DIR:-runs/vq}"
-train="tokenizer/tokenizer_image/vq_train.py"
+train="$REPOSITORY/tokenizer/tokenizer_image/vq_train.py"
 launch "$train" --stage semantic --run-dir "$RUN_DIR/semantic" "$@" ${STAGE1:-}
 launch "$train" --stage dual --run-dir "$RUN_DIR/dual" --init-from "$RUN_DIR/semantic" "$@" ${STAGE2:-}

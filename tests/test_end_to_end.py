@@ -1,0 +1,39 @@
+"""The quickstart, whole, with a fiftieth of its steps: every command of the pipeline hands over to the next."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+from PIL import Image
+from tests.conftest import REPOSITORY
+
+
+def quickstart(out) -> subprocess.CompletedProcess:
+    """Run the quickstart's command at a fiftieth of its length."""
+    environment = os.environ | {"OUT": str(out), "SCALE": "0.02", "PYTHON": sys.executable}
+    return subprocess.run(["bash", "scripts/quickstart.sh"], cwd=REPOSITORY, env=environment, capture_output=True,
+                          text=True)
+
+
+def test_quickstart_leaves_a_report_and_does_nothing_twice(tmp_path):
+    """The first command a newcomer types: figures, pictures and report are there, and a second call is a glance."""
+    first = quickstart(tmp_path / "quickstart")
+    assert first.returncode == 0, first.stderr[-3000:]
+    folder = tmp_path / "quickstart"
+    figures = json.loads((folder / "figures.json").read_text())
+    wanted = {"psnr_semantic", "psnr_dual", "usage_semantic", "usage_detail", "class_accuracy_guided",
+              "class_accuracy_unguided", "class_accuracy_real", "class_accuracy_reconstructed", "frechet_samples",
+              "frechet_reconstructed", "frechet_real", "seconds"}
+    assert wanted <= set(figures)
+    assert 0 < figures["usage_semantic"] <= 1 and figures["psnr_dual"] > 5 and len(figures["seconds"]) == 10
+    for name in ("stage1.png", "stage2.png", "samples.png", "curves.png", "guided.png"):
+        assert np.asarray(Image.open(folder / name)).std() > 5, name
+        assert name in (folder / "report.md").read_text() or name == "guided.png"
+    # As if killed in the middle of the last training: only what is missing is done again.
+    (folder / "phases" / "gpt").unlink()
+    (folder / "phases" / "evaluate").unlink()
+    second = quickstart(folder)
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert [line for line in second.stderr.splitlines() if line.startswith("== ")] == ["== gpt", "== evaluate"]
