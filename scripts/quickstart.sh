@@ -15,15 +15,16 @@ steps() { "$PYTHON" -c "import math; print(max(math.ceil($1 * $SCALE), ${2:-4}))
 
 # phase NAME COMMAND...: run a command unless it has finished before, and keep its seconds over all tries.
 phase() {
-    local name="$1" started before=0; shift
+    local name="$1" started before=0 clock; shift
     [ -e "$OUT/phases/$name" ] && return 0
     echo "== $name" >&2
     started=$(date +%s)
     [ -e "$OUT/phases/.$name" ] && before=$(cat "$OUT/phases/.$name")
-    trap 'echo $(($(date +%s) - started + before)) > "$OUT/phases/.$name"' EXIT
+    clock="echo \$((\$(date +%s) - $started + $before)) > '$OUT/phases/.$name'"
+    trap "$clock" EXIT
     "$@"
     trap - EXIT
-    echo $(($(date +%s) - started + before)) > "$OUT/phases/.$name"
+    eval "$clock"
     mv "$OUT/phases/.$name" "$OUT/phases/$name"
 }
 
@@ -35,11 +36,11 @@ classifier() {
     "$PYTHON" evaluations/c2i/classifier.py --data-path ${DATA}_train.npz --image-size 32 "$@"
 }
 phase teacher classifier --out "$OUT/teacher.safetensors" --epochs "$(steps 3 1)" --seed 1
-phase judge classifier --out "$OUT/judge.safetensors" --widths 48 96 128 --epochs "$(steps 6 1)" --seed 2
+phase judge classifier --out "$OUT/judge.safetensors" --widths 48 96 128 --epochs "$(steps 5 1)" --seed 2
 
 tokenizer() {
     RUN_DIR="$OUT/vq" NPROC=1 \
-    STAGE1="--steps $(steps 500)" STAGE2="--steps $(steps 2000) --revive-every 50" \
+    STAGE1="--steps $(steps 450)" STAGE2="--steps $(steps 2000) --revive-every 50" \
         bash scripts/tokenizer/train_dual_vq.sh --data-path ${DATA}_train.npz --val-path ${DATA}_test.npz \
         --vq-model VQ-8-small --codebook-sizes 128 512 "${SHAPE[@]}" "${PERCEPTUAL[@]}" --no-random-crop \
         --global-batch-size 16 --lr 1e-3 --lr-end 1e-4 --ema-decay 0.99 --codebook-init kmeans \
@@ -53,7 +54,7 @@ phase codes "$PYTHON" autoregressive/train/extract_codes_c2i.py --data-path ${DA
 gpt() {
     NPROC=1 bash scripts/autoregressive/train_c2i.sh --gpt-model GPT-tiny --image-size 32 --downsample-size 8 \
         --codebook-sizes 128 512 --num-classes 10 --code-path "$OUT/codes" --run-dir "$OUT/gpt" --data-parallel none \
-        --steps "$(steps 700)" --global-batch-size 128 --lr 2e-3 --lr-end 2e-4 --lr-schedule cosine --warmup-steps 20 \
+        --steps "$(steps 450)" --global-batch-size 128 --lr 2e-3 --lr-end 2e-4 --lr-schedule cosine --warmup-steps 20 \
         --ema-decay 0.99 --num-workers 0 --log-every 20 --checkpoint-every 100 --mixed-precision none
 }
 phase gpt gpt

@@ -68,6 +68,7 @@ def gather(folder: Path) -> dict:
 
 def report(figures: dict) -> str:
     """The report in Markdown."""
+    judged = f"{figures['class_accuracy_reconstructed']:.1%} | {figures['frechet_reconstructed']:.3f}"
     seconds = "\n".join(f"| {name} | {value} |" for name, value in figures["seconds"].items())
     return f"""# Quickstart: IAR2 on Fashion-MNIST
 
@@ -84,7 +85,7 @@ Stage 1 (semantic codes alone, its own decoder), then stage 2 (semantic codes al
 | test images | PSNR | class accuracy | Fréchet distance |
 |---|---|---|---|
 | stage 1, semantic | {figures["psnr_semantic"]:.2f} dB | | |
-| stage 2, semantic + detail | {figures["psnr_dual"]:.2f} dB | {figures["class_accuracy_reconstructed"]:.1%} | {figures["frechet_reconstructed"]:.3f} |
+| stage 2, semantic + detail | {figures["psnr_dual"]:.2f} dB | {judged} |
 | real | | {figures["class_accuracy_real"]:.1%} | {figures["frechet_real"]:.3f} |
 
 | codebook | used on the test set | perplexity |

@@ -16,7 +16,7 @@ find_python() {
         fi
     done
     if ! command -v python3 >/dev/null 2>&1; then
-        echo "error: python3 was not found: install Python 3.10 or newer." >&2
+        echo "error: python3 was not found: install Python 3.11 or newer." >&2
         exit 2
     fi
     echo "installing the requirements into $REPOSITORY/.venv (once, some minutes)" >&2

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], config: dict
     processes.barrier()
     # Alone, no collective: gloo would run it in threads of its own, whose arithmetic threads then crowd the CPU and
     # halve the speed of every later step.
-    dcp.save(state, checkpoint_id=aside, no_dist=processes.world_size == 1)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        dcp.save(state, checkpoint_id=aside, no_dist=processes.world_size == 1)
     if processes.is_main:
         (aside / "config.json").write_text(json.dumps(config, indent=1))
         shutil.rmtree(target, ignore_errors=True)
@@ -65,7 +67,8 @@ def load_checkpoint(path: Path, state: dict[str, Any], config: dict, processes: 
     saved = json.loads((path / "config.json").read_text())
     require_equal(saved["model"], config["model"], f"checkpoint {path}", "this run's options",
                   "choose another --run-dir or the options it was started with")
-    dcp.load(state, checkpoint_id=path, no_dist=processes.world_size == 1)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        dcp.load(state, checkpoint_id=path, no_dist=processes.world_size == 1)
     return state
 
 
@@ -86,6 +89,9 @@ def export(path: Path, kind: str, tensors: dict[str, Tensor], config: dict, proc
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".writing-{path.name}")
         save_file(whole, aside, metadata={"kind": kind, "config": json.dumps(config)})
+        umask = os.umask(0)
+        os.umask(umask)
+        aside.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
         os.replace(aside, path)
 
 

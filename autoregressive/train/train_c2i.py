@@ -302,7 +302,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
         if run.due(config.run.checkpoint_every, step):
             run.checkpoint(step, training.state())
             export_gpt(training, config, header, run, step + 1)
-    if not (run.folder / "gpt.safetensors").exists():
+    if first_step >= total_steps:  # killed between the last checkpoint and its export
         export_gpt(training, config, header, run, total_steps)
     run.close()
 

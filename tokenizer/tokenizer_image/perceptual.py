@@ -6,6 +6,7 @@ networks say little (quickstart).
 """
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Literal
 from urllib.error import URLError
@@ -48,6 +49,7 @@ def build_perceptual(net: PerceptualNet, weights: str, device: torch.device) -> 
     weights: path of a torchvision state dict of the backbone, or of a classifier; empty: the usual download.
     Raises UserError when weights cannot be had, naming the options.
     """
+    warnings.filterwarnings("ignore", category=UserWarning, module="torchvision.models")  # lpips' old calls
     if net == "classifier":
         model: nn.Module = ClassifierDistance(weights)
     elif net == "random":

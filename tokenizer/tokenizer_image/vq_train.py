@@ -363,7 +363,8 @@ def train(config: VQTrainConfig, processes: Processes) -> None:
         if run.due(config.run.checkpoint_every, step):
             run.checkpoint(step, training.state())
             export_tokenizer(training, config, run, step + 1, figures)
-    if not (run.folder / "tokenizer.safetensors").exists():
+    if first_step >= total_steps:  # killed between the last checkpoint and its export
+        figures = evaluate(training, evaluation_set, config, run, total_steps - 1)
         export_tokenizer(training, config, run, total_steps, figures)
     training_set.report_skipped()
     run.close()
