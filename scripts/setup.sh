@@ -4,7 +4,13 @@ set -euo pipefail
 REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 has_requirements() {
-    "$1" -c 'import torch, torchvision, timm, lpips, torch_fidelity, scipy, PIL, safetensors, tensorboard, tqdm, tyro, skimage, matplotlib, pytest' >/dev/null 2>&1
+    "$1" - >/dev/null 2>&1 <<'CHECK'
+import sys
+assert sys.version_info >= (3, 11)
+import lpips, matplotlib, numpy, PIL, pytest, safetensors, scipy, skimage, sklearn, tensorboard, torch, torch_fidelity
+import torchvision, tqdm, tyro
+assert tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
+CHECK
 }
 
 find_python() {
@@ -15,8 +21,8 @@ find_python() {
             return
         fi
     done
-    if ! command -v python3 >/dev/null 2>&1; then
-        echo "error: python3 was not found: install Python 3.11 or newer." >&2
+    if ! python3 -c 'import sys; assert sys.version_info >= (3, 11)' >/dev/null 2>&1; then
+        echo "error: python3 is missing or older than 3.11: install Python 3.11 or newer." >&2
         exit 2
     fi
     echo "installing the requirements into $REPOSITORY/.venv (once, some minutes)" >&2

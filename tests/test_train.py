@@ -293,3 +293,24 @@ def test_config_errors_are_user_errors(codes, tmp_path):
         train_c2i.gpt_config(GPTOptions(window_size=4))
     with pytest.raises(UserError, match="unknown"):
         train_c2i.gpt_config(GPTOptions(gpt_model="GPT-Q"))
+
+
+def test_revival_counts_survive_a_checkpoint_of_two_processes(stage_one, tmp_path):
+    """Counts differ by process; a resumed run must not take codes for dead that another process used."""
+    images, first = stage_one
+    options = vq_options(images, tmp_path / "run", "dual", 5, "--init-from", first, "--checkpoint-every", 3,
+                         "--revive-every", 100)
+    command(VQ_TRAIN, *options, processes=2)
+    from torch.distributed.checkpoint import load
+
+    counts = {"usage": [torch.zeros(8, dtype=torch.long), torch.zeros(16, dtype=torch.long)]}
+    load(counts, checkpoint_id=tmp_path / "run" / "checkpoints" / "step-00000005", no_dist=True)
+    assert [int(stream.sum()) for stream in counts["usage"]] == [5 * 4 * 4] * 2  # steps, images, cells
+
+
+def test_sharding_compile_and_activation_checkpointing_work_together(codes, tmp_path, reference):
+    """The three are used together on the large models; each wraps the layers."""
+    options = gpt_options(codes, tmp_path / "run", steps=3, data_parallel="fsdp", ema_decay=0.9)
+    command(TRAIN, *options, "--compile", "--activation-checkpointing", processes=2)
+    seen = losses(tmp_path / "run")
+    assert seen == pytest.approx({step: reference[step] for step in (1, 2, 3)}, abs=1e-4)

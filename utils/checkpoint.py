@@ -27,6 +27,9 @@ from utils.distributed import Processes, full_tensor
 
 log = logging.getLogger("checkpoint")
 
+FIXED_OPTIONS = ("seed", "global_batch_size", "ema_decay", "recipe")
+"""A run that changed these half-way would be no run of its options."""
+
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], config: dict, processes: Processes, keep: int = 2) -> Path:
     """Write `state` (nested dicts of tensors, possibly sharded, and plain values) as the checkpoint of `step`.
@@ -65,11 +68,23 @@ def load_checkpoint(path: Path, state: dict[str, Any], config: dict, processes: 
     Raises UserError when the checkpoint's model configuration is not the present one, naming the first difference.
     """
     saved = json.loads((path / "config.json").read_text())
-    require_equal(saved["model"], config["model"], f"checkpoint {path}", "this run's options",
-                  "choose another --run-dir or the options it was started with")
+    remedy = "choose another --run-dir or the options it was started with"
+    require_equal(saved["model"], config["model"], f"checkpoint {path}", "this run's options", remedy)
+    before, now = flatten(saved["options"]), flatten(config["options"])
+    fixed = [{name: options.get(name) for name in FIXED_OPTIONS} for options in (before, now)]
+    require_equal(*fixed, f"checkpoint {path}", "this run's options", remedy)
+    for name in sorted(set(before) & set(now)):
+        if before[name] != now[name]:
+            log.warning("resuming with %s %s, which was %s before", name, now[name], before[name])
     with warnings.catch_warnings(action="ignore", category=UserWarning):
         dcp.load(state, checkpoint_id=path, no_dist=processes.world_size == 1)
     return state
+
+
+def flatten(options: dict) -> dict:
+    """Options of nested dataclasses by their flag's name."""
+    return {key: value for name, inner in options.items()
+            for key, value in (inner.items() if isinstance(inner, dict) else [(name, inner)])}
 
 
 def require_equal(seen: dict, expected: dict, what: str, against: str, remedy: str) -> None:
@@ -84,8 +99,12 @@ def export(path: Path, kind: str, tensors: dict[str, Tensor], config: dict, proc
 
     kind: "gpt", "tokenizer" or "classifier"; a loader of another kind refuses the file.
     """
-    whole = {name: full_tensor(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
-    if processes is None or processes.is_main:
+    is_main, whole = processes is None or processes.is_main, {}
+    for name, tensor in tensors.items():
+        gathered = full_tensor(tensor.detach())  # every process takes part, one keeps the result
+        if is_main:
+            whole[name] = gathered.cpu().contiguous()
+    if is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".writing-{path.name}")
         save_file(whole, aside, metadata={"kind": kind, "config": json.dumps(config)})
@@ -138,7 +157,9 @@ def load_gpt(path: str | Path, device: str | torch.device = "cpu", dtype: torch.
     gpt = GPT(from_dict(GPTConfig, config["model"]))
     load_weights(gpt, tensors, option)
     gpt.extra = {name: value for name, value in config.items() if name != "model"}
-    return gpt.to(device, dtype).eval().requires_grad_(False)
+    gpt.to(device, dtype)
+    gpt.rotary = gpt.build_rotary().to(device)  # stays float32
+    return gpt.eval().requires_grad_(False)
 
 
 def load_tokenizer(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,

@@ -74,6 +74,11 @@ def setup(device: str = "auto") -> Processes:
     return Processes(rank, world_size, local_rank, target)
 
 
+def shard_group(shard_size: int) -> int:
+    """Processes that share one copy under hsdp: `shard_size`, or for 0 those of this node."""
+    return shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def parallelize(model: nn.Module, blocks: list[nn.Module], mode: DataParallel, processes: Processes,
                 bf16: bool, shard_size: int = 0) -> nn.Module:
     """Wrap `model` for data-parallel training.
@@ -93,14 +98,14 @@ def parallelize(model: nn.Module, blocks: list[nn.Module], mode: DataParallel, p
     if mode == "fsdp":
         mesh = init_device_mesh(processes.device.type, (world_size,), mesh_dim_names=("shard",))
     else:
-        shard_size = shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        shard_size = shard_group(shard_size)
         if world_size % shard_size:
             raise UserError(f"--shard-size {shard_size} does not divide the {world_size} processes: choose a divisor.")
         mesh = init_device_mesh(processes.device.type, (world_size // shard_size, shard_size),
                                 mesh_dim_names=("replicate", "shard"))
     types = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else {}
-    for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(**types))
+    for block in blocks:  # inputs are not cast: the rotary table stays float32
+        fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(**types, cast_forward_inputs=False))
     # Logits leave in float32: the loss is not computed in bf16.
     return fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(**types, output_dtype=torch.float32))
 

@@ -7,6 +7,7 @@ one without saving generator states.
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -95,7 +96,8 @@ class Run:
         self.metrics = MeanMetrics()
         self.writer = SummaryWriter(str(self.folder / "tensorboard")) if processes.is_main else None
         self.bar: tqdm | None = None
-        self.started, self.first_step = time.perf_counter(), 0
+        self.started, self.first_step, self.logged = time.perf_counter(), 0, 0
+        self.bad_steps: dict[str, int] = {}
 
     def resume(self, state: dict[str, Any]) -> tuple[dict[str, Any] | None, int]:
         """Fill `state` from the newest checkpoint: (state, next step), or (None, 0) for a fresh run."""
@@ -110,14 +112,16 @@ class Run:
         return state, step
 
     def _start(self, step: int) -> None:
-        self.first_step = step
+        self.first_step = self.logged = step
         if not self.processes.is_main:
             return
         (self.folder / "options.json").write_text(json.dumps(self.config, indent=1))
         metrics = self.folder / "metrics.jsonl"
         if metrics.exists():  # lines after the checkpoint will be written again
             kept = [line for line in metrics.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-            metrics.write_text("".join(line + "\n" for line in kept))
+            aside = metrics.with_name(".metrics.jsonl")
+            aside.write_text("".join(line + "\n" for line in kept))
+            os.replace(aside, metrics)
 
     def steps(self) -> Iterator[int]:
         """Step numbers still to do, under a progress bar; seeds each step from (seed, step, rank)."""
@@ -136,7 +140,7 @@ class Run:
         means = self.metrics.read(self.processes)
         seconds = time.perf_counter() - self.started
         self.started = time.perf_counter()
-        steps = min(self.options.log_every, done - self.first_step)
+        steps, self.logged = done - self.logged, done
         self.write(done, means | values | {"images_per_second": images * steps / seconds})
         if self.bar is not None:
             self.bar.set_postfix_str(" ".join(f"{name}={value:.3g}" for name, value in means.items())[:100])
@@ -164,15 +168,17 @@ class Run:
         save_checkpoint(self.folder / "checkpoints", step + 1, state, self.config, self.processes,
                         self.options.keep_checkpoints)
 
-    def require_finite(self, norm: Tensor, step: int) -> bool:
+    def require_finite(self, norm: Tensor, step: int, name: str = "model") -> bool:
         """False when the gradient norm is not finite: the step must be left out; raises UserError after ten in a row."""
         if torch.isfinite(norm):
-            self.bad_steps = 0
+            self.bad_steps[name] = 0
             return True
-        self.bad_steps = getattr(self, "bad_steps", 0) + 1
-        log.warning("step %d: gradient norm is %s, step left out (%d in a row)", step, norm.item(), self.bad_steps)
-        if self.bad_steps >= 10:
-            raise UserError(f"ten steps in a row up to {step} had non-finite gradients: lower --lr or switch off bf16.")
+        self.bad_steps[name] = self.bad_steps.get(name, 0) + 1
+        log.warning("step %d: gradient norm of the %s is %s, step left out (%d in a row)", step, name, norm.item(),
+                    self.bad_steps[name])
+        if self.bad_steps[name] >= 10:
+            raise UserError(f"ten steps in a row up to {step} had non-finite gradients of the {name}: lower --lr, or use "
+                            "--mixed-precision none.")
         return False
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from autoregressive.models.generate import SamplingOptions
 from autoregressive.sample.pipeline import ModelOptions, Pipeline, check_classes
-from utils.config import check_writable, parse, run_main
+from utils.config import UserError, check_writable, parse, run_main
 from utils.distributed import setup
 from utils.images import image_grid
 from utils.run import set_up_logging
@@ -45,6 +45,10 @@ def main() -> None:
     processes = setup(config.models.device)
     set_up_logging(processes)
     check_writable(config.out.parent, "--out")
+    if config.out.suffix.lower() != ".png":
+        raise UserError(f"--out {config.out} must end in .png.")
+    if config.class_names and len(config.class_names) != len(config.classes):
+        raise UserError(f"--class-names has {len(config.class_names)} names for the {len(config.classes)} --classes.")
     pipeline = Pipeline(config.models, config.sampling, processes.device)
     check_classes(config.classes, pipeline.num_classes, "--classes")
     labels = np.repeat(np.array(config.classes), config.per_class)

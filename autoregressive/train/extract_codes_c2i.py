@@ -99,6 +99,8 @@ def make_header(config: ExtractConfig, source: ImageSource, tokenizer: VQModel) 
     if tokenizer.extra.get("stage") == "semantic":
         raise UserError(f"--vq-ckpt {config.vq_ckpt} is a stage 1 tokenizer, whose detail codebook is untrained: give "
                         "stage 2's.")
+    if config.augmentation == "ten-crop" and config.crop_range < 1:
+        raise UserError(f"--crop-range {config.crop_range} is below 1: ten crops need an image at least as large as a crop.")
     if size % tokenizer.config.downsampling:
         raise UserError(f"--image-size {size} is not a multiple of {tokenizer.config.downsampling}, the tokenizer's "
                         "downsampling.")

@@ -38,6 +38,7 @@ from utils.distributed import (
     full_tensor,
     parallelize,
     setup,
+    shard_group,
     split_batch,
     synchronize_gradients,
 )
@@ -313,10 +314,12 @@ def print_dry_run(config: TrainConfig, processes: Processes) -> None:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in GPT(model_config).parameters())
     micro, accumulation = split_batch(config.global_batch_size, config.micro_batch_size, processes.world_size)
-    shards = {"fsdp": processes.world_size, "hsdp": config.shard_size or processes.world_size}.get(config.data_parallel, 1)
-    # float32 weights, gradients and two moments, and the average where kept; under FSDP a gathered bf16 block is small.
+    shards = {"fsdp": processes.world_size, "hsdp": shard_group(config.shard_size)}.get(config.data_parallel, 1)
+    # float32 weights, gradients and two moments, and the average where kept; gradients of accumulated micro-batches
+    # stay whole under FSDP.
     states = parameters * 4 * (4 + bool(config.ema_decay)) / shards
-    bf16 = 2 if uses_bf16(config, processes.device) or config.data_parallel in ("fsdp", "hsdp") else 4
+    states += parameters * 4 * (shards > 1 and accumulation > 1)
+    bf16 = 2 if uses_bf16(config, processes.device) else 4
     # Kept for the backward pass, in multiples of D a token and layer: 2 norms, q, k, v, attention output, residuals
     # about 10; SwiGLU 4 x 2.7; head layers hold C + 1 slots a cell.  Checkpointing keeps the input alone.
     slots = len(model_config.codebook_sizes) + 1

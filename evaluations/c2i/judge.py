@@ -65,7 +65,8 @@ def judge(classifier: SmallClassifier, images: np.ndarray, labels: np.ndarray, r
 def main() -> None:
     """Parse options, judge every set, write JSON and a table."""
     config = parse(JudgeConfig)
-    device = setup(config.device).device
+    processes = setup(config.device)
+    device = processes.device
     check_writable(config.out.parent, "--out")
     classifier = load_classifier(config.classifier).to(device)
     images, labels = load_all(open_images(config.reference, "--reference"), config.image_size)
@@ -79,11 +80,15 @@ def main() -> None:
         with np.load(check_exists(path, "--samples", "an npz of samples")) as data:
             if not {"arr_0", "arr_1"} <= set(data.files):
                 raise UserError(f"--samples {path} has the keys {data.files}: give an npz with arr_0 and arr_1.")
-            results[path.stem] = judge(classifier, data["arr_0"], data["arr_1"], reference, device)
+            samples, wanted = data["arr_0"], data["arr_1"]
+            if "kind" in data.files and str(data["kind"]) == "reconstruction" and len(samples) == len(images):
+                samples, wanted = samples[~half], wanted[~half]  # not of the images that make the reference
+            results[path.stem] = judge(classifier, samples, wanted, reference, device)
     config.out.write_text(json.dumps(results, indent=1))
     for name, figures in results.items():
         print(f"{name:24} class accuracy {figures['class_accuracy']:.3f}   Fréchet {figures['frechet']:.4f}   "
               f"{figures['images']} images")
+    processes.close()
 
 
 if __name__ == "__main__":

@@ -1,14 +1,23 @@
 #!/usr/bin/env bash
 # Train a GPT with table 11's hyper-parameters for its size; every option of train_c2i.py can follow.
 #   bash scripts/autoregressive/train_c2i.sh --gpt-model GPT-XXL --code-path DIR
+# The run's folder is runs/MODEL-SIZE unless --run-dir says otherwise.
 # NPROC processes a node (default: the GPUs seen, or 1); NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT as for torchrun.
 source "$(dirname "$0")/../setup.sh"
 NPROC="${NPROC:-$("$PYTHON" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}"
-model=GPT-B
-for ((i = 1; i <= $#; i++)); do
-    case "${!i}" in
-        --gpt-model) j=$((i + 1)); model="${!j}" ;;
-        --gpt-model=*) model="${!i#*=}" ;;
-    esac
-done
-launch "$REPOSITORY/autoregressive/train/train_c2i.py" --run-dir "runs/$model" "$@"
+
+# value FLAG DEFAULT ARGUMENTS...: what the command line gives a flag.
+value() {
+    local flag="$1" found="$2"; shift 2
+    while [ $# -gt 0 ]; do
+        case "$1" in
+            "$flag") found="${2:-$found}" ;;
+            "$flag"=*) found="${1#*=}" ;;
+        esac
+        shift
+    done
+    echo "$found"
+}
+
+run_dir="runs/$(value --gpt-model GPT-B "$@")-$(value --image-size 256 "$@")"
+launch "$REPOSITORY/autoregressive/train/train_c2i.py" --run-dir "$run_dir" "$@"

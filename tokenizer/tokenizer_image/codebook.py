@@ -23,7 +23,7 @@ class CodeUsage:
     """Counts of every code over a set of images."""
 
     def __init__(self, codebook_sizes: tuple[int, ...], device: torch.device) -> None:
-        self.counts = [torch.zeros(size, device=device) for size in codebook_sizes]
+        self.counts = [torch.zeros(size, dtype=torch.long, device=device) for size in codebook_sizes]
 
     def add(self, codes: Tensor) -> None:
         """Count codes [B, C, ...]."""
@@ -39,6 +39,10 @@ class CodeUsage:
         """Sum the counts of all processes."""
         for counts in self.counts:
             all_reduce_sum(counts, processes)
+
+    def total(self, processes: Processes) -> list[Tensor]:
+        """The counts of all processes together, in new tensors; the own counts stay."""
+        return [all_reduce_sum(counts.clone(), processes) for counts in self.counts]
 
     def figures(self, streams: int) -> dict[str, float]:
         """usage_NAME, the fraction of codes used at all, and perplexity_NAME, exp of the code entropy, by stream."""

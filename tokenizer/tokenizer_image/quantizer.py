@@ -29,9 +29,14 @@ class Quantized:
 
 
 def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the nearest codebook row for each vector: [M, d], [K, d] -> [M] int64."""
-    # |v|² is the same for all codes and does not change the order.
-    return torch.addmm(codebook.square().sum(1), vectors, codebook.T, alpha=-2).argmin(1)
+    """Index of the nearest codebook row for each vector: [M, d], [K, d] -> [M] int64; never in TF32."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False  # its ten bits of mantissa would decide near ties otherwise
+    try:
+        # |v|² is the same for all codes and does not change the order.
+        return torch.addmm(codebook.square().sum(1), vectors, codebook.T, alpha=-2).argmin(1)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 class VectorQuantizer(nn.Module):

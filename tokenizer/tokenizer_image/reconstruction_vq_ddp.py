@@ -22,9 +22,10 @@ from tokenizer.tokenizer_image.codebook import CodeUsage, warn_of_collapse
 from tokenizer.tokenizer_image.evaluate import psnr, reconstruct, reconstruction_grid
 from tokenizer.tokenizer_image.perceptual import PerceptualNet, build_perceptual
 from tokenizer.tokenizer_image.quantizer import Streams
+from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.batches import ImageOptions
 from utils.checkpoint import load_tokenizer
-from utils.config import check_writable, parse, run_main
+from utils.config import UserError, check_writable, parse, run_main
 from utils.distributed import Processes, all_reduce_sum, setup
 from utils.images import ImageDataset, open_images, to_uint8
 from utils.npz import ImageStore
@@ -54,9 +55,21 @@ class ReconstructionConfig:
     """auto, cuda or cpu."""
 
 
-def run_share(config: ReconstructionConfig, dataset: ImageDataset, store: ImageStore, processes: Processes) -> dict:
-    """Reconstruct this process's share into the store; returns the figures of all processes together."""
+def open_tokenizer(config: ReconstructionConfig, processes: Processes) -> VQModel:
+    """The tokenizer; raises UserError when it cannot do what the options ask."""
     tokenizer = load_tokenizer(config.vq_ckpt, processes.device).to(memory_format=torch.channels_last)
+    if tokenizer.extra.get("stage") == "semantic" and config.streams == "all":
+        raise UserError(f"--vq-ckpt {config.vq_ckpt} is a stage 1 tokenizer, whose detail codebook is untrained: use "
+                        "--streams semantic.")
+    if config.images.image_size % tokenizer.config.downsampling:
+        raise UserError(f"--image-size {config.images.image_size} is not a multiple of {tokenizer.config.downsampling}, "
+                        "the tokenizer's downsampling.")
+    return tokenizer
+
+
+def run_share(config: ReconstructionConfig, tokenizer: VQModel, dataset: ImageDataset, store: ImageStore,
+              processes: Processes) -> dict:
+    """Reconstruct this process's share into the store; returns the figures of all processes together."""
     perceptual = build_perceptual(config.perceptual_net, config.perceptual_weights, processes.device)
     usage = CodeUsage(tokenizer.config.codebook_sizes, processes.device)
     sums = torch.zeros(4, dtype=torch.float64, device=processes.device)  # PSNR, SSIM, LPIPS, images
@@ -96,10 +109,11 @@ def main() -> None:
     check_writable(config.out.parent, "--out")
     size = config.images.image_size
     dataset = ImageDataset(source, size)
+    tokenizer = open_tokenizer(config, processes)
     # A whole set takes minutes and every figure needs every image: an interrupted run starts over.
     store = ImageStore(config.out, (len(source), size, size, 3),
                        {"kind": "reconstruction", "tokenizer": config.vq_ckpt, "streams": config.streams})
-    figures = run_share(config, dataset, store, processes)
+    figures = run_share(config, tokenizer, dataset, store, processes)
     if not processes.is_main:
         store.close()
     processes.barrier()

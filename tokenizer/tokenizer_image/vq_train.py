@@ -7,7 +7,7 @@ forward, and only then does the semantic codebook move.
 
 import logging
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -39,11 +39,11 @@ from tokenizer.tokenizer_image.vq_loss import RECIPES, TokenizerLoss
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel, build_tokenizer
 from utils.batches import GlobalBatches, ImageOptions, train_loader
 from utils.checkpoint import export, fingerprint, initialise_optimizer, load_weights, read_export
-from utils.config import UserError, parse, run_main, to_dict
+from utils.config import UserError, check_writable, parse, run_main, to_dict
 from utils.distributed import Processes, average_gradients, setup, split_batch
 from utils.ema import EMA
 from utils.images import ImageDataset, open_images
-from utils.run import Run, RunOptions
+from utils.run import Run, RunOptions, set_up_logging
 
 log = logging.getLogger("vq_train")
 
@@ -120,12 +120,12 @@ class VQTrainConfig:
     """bf16 autocast; auto: on GPUs only."""
 
 
-def optimizer_step(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, run: Run, step: int,
+def optimizer_step(name: str, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, run: Run, step: int,
                    max_norm: float) -> Tensor:
     """Average, clip and apply gradients that `loss.backward()` has accumulated; a non-finite step is left out."""
     average_gradients(parameters, run.processes)
     norm = nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], max_norm)
-    if run.require_finite(norm, step):
+    if run.require_finite(norm, step, name):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm.detach()
@@ -218,19 +218,20 @@ class Training:
     loss: TokenizerLoss
     optimizer: torch.optim.Optimizer
     disc_optimizer: torch.optim.Optimizer
-    ema: EMA
+    ema: EMA | None
     usage: CodeUsage  # since the last revival
+    processes: Processes
 
     def state(self) -> dict:
         """Nested dict for `utils.checkpoint`."""
-        return {
+        state = {
             "model": get_model_state_dict(self.model),
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
             "discriminator": get_model_state_dict(self.loss.discriminator),
             "disc_optimizer": get_optimizer_state_dict(self.loss.discriminator, self.disc_optimizer),
-            "ema": self.ema.state_dict(),
-            "usage": self.usage.counts,
+            "usage": self.usage.total(self.processes),  # of what is not sharded a checkpoint keeps any one copy
         }
+        return state | ({"ema": self.ema.state_dict()} if self.ema else {})
 
     def restore(self, state: dict) -> None:
         """Take over a loaded state."""
@@ -238,8 +239,15 @@ class Training:
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
         set_model_state_dict(self.loss.discriminator, state["discriminator"])
         set_optimizer_state_dict(self.loss.discriminator, self.disc_optimizer, state["disc_optimizer"])
-        self.ema.load_state_dict(state["ema"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
         self.usage.counts = state["usage"]
+        if not self.processes.is_main:
+            self.usage.reset()
+
+    def averaged(self) -> AbstractContextManager:
+        """Within the block the model has its averaged weights, where averaging is on."""
+        return self.ema.applied() if self.ema else nullcontext()
 
 
 def set_up(config: VQTrainConfig, processes: Processes) -> Training:
@@ -253,7 +261,8 @@ def set_up(config: VQTrainConfig, processes: Processes) -> Training:
     for each in (optimizer, disc_optimizer):
         initialise_optimizer(each)
     usage = CodeUsage(model.config.codebook_sizes, processes.device)
-    return Training(model, loss, optimizer, disc_optimizer, EMA(model, config.ema_decay), usage)
+    ema = EMA(model, config.ema_decay) if config.ema_decay else None
+    return Training(model, loss, optimizer, disc_optimizer, ema, usage, processes)
 
 
 def train_step(training: Training, loader, accumulation: int, config: VQTrainConfig, run: Run, step: int) -> None:
@@ -268,7 +277,8 @@ def train_step(training: Training, loader, accumulation: int, config: VQTrainCon
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             total, terms, reconstructions, quantized = autoencoder_loss(model, loss, images, config, step)
         (total / accumulation).backward()
-        training.usage.add(quantized.codes)
+        if config.revive_every:
+            training.usage.add(quantized.codes)
         if discriminating:
             loss.discriminator.requires_grad_(True)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -277,10 +287,11 @@ def train_step(training: Training, loader, accumulation: int, config: VQTrainCon
             terms = terms | disc_terms
         run.metrics.add(terms)
     trained = training.optimizer.param_groups[0]["params"]
-    norm = optimizer_step(trained, training.optimizer, run, step, config.max_grad_norm)
+    norm = optimizer_step("tokenizer", trained, training.optimizer, run, step, config.max_grad_norm)
     run.metrics.add({"gradient_norm": norm})
     if discriminating:
-        optimizer_step(list(loss.discriminator.parameters()), training.disc_optimizer, run, step, config.max_grad_norm)
+        optimizer_step("discriminator", list(loss.discriminator.parameters()), training.disc_optimizer, run, step,
+                       config.max_grad_norm)
 
 
 def revive(training: Training, dataset: ImageDataset, config: VQTrainConfig, run: Run, step: int) -> None:
@@ -304,10 +315,10 @@ def revive(training: Training, dataset: ImageDataset, config: VQTrainConfig, run
 def evaluate(training: Training, dataset: ImageDataset, config: VQTrainConfig, run: Run, step: int) -> dict[str, float]:
     """Whole-set figures and pictures of the averaged (or, without averaging, the present) weights."""
     model, streams = training.model, "semantic" if config.stage == "semantic" else "all"
-    averaged = training.ema.applied() if config.ema_decay else nullcontext()
-    with averaged:
-        figures = evaluate_tokenizer(model, dataset, streams, training.loss.perceptual, run.processes,
-                                     max(config.global_batch_size // run.processes.world_size, 1))
+    micro, _ = split_batch(config.global_batch_size, config.micro_batch_size, run.processes.world_size)
+    with training.averaged():
+        figures = evaluate_tokenizer(model, dataset, streams, training.loss.perceptual, run.processes, micro,
+                                     config.images.num_workers)
         if run.processes.is_main:
             run.picture(step + 1, "reconstructions", reconstruction_grid(model, dataset, streams, run.processes.device))
     run.write(step + 1, {f"eval/{name}": value for name, value in figures.items()})
@@ -319,8 +330,7 @@ def evaluate(training: Training, dataset: ImageDataset, config: VQTrainConfig, r
 
 def export_tokenizer(training: Training, config: VQTrainConfig, run: Run, step: int, figures: dict[str, float]) -> None:
     """Write tokenizer.safetensors, averaged where averaging is on, with its configuration and figures."""
-    averaged = training.ema.applied() if config.ema_decay else nullcontext()
-    with averaged:
+    with training.averaged():
         tensors = training.model.state_dict()
         description = {"model": to_dict(training.model.config), "stage": config.stage, "step": step,
                        "image_size": config.images.image_size, "fingerprint": fingerprint(tensors), "figures": figures}
@@ -329,6 +339,8 @@ def export_tokenizer(training: Training, config: VQTrainConfig, run: Run, step: 
 
 def train(config: VQTrainConfig, processes: Processes) -> None:
     """Train one stage to its end, resuming where an earlier run of the same folder stopped."""
+    check_writable(config.run.run_dir, "--run-dir")
+    set_up_logging(processes, config.run.run_dir / "log.txt")
     training_set, evaluation_set = open_datasets(config)
     micro, accumulation = split_batch(config.global_batch_size, config.micro_batch_size, processes.world_size)
     # Checked before anything is built: too small a set is a mistake of the options.
@@ -353,15 +365,16 @@ def train(config: VQTrainConfig, processes: Processes) -> None:
         for group in training.optimizer.param_groups + training.disc_optimizer.param_groups:
             group["lr"] = lr
         train_step(training, loader, accumulation, config, run, step)
-        if config.ema_decay:
+        if training.ema:
             training.ema.update(step)
         if config.revive_every and (step + 1) % config.revive_every == 0 and step + 1 < 0.8 * total_steps:
             revive(training, training_set, config, run, step)
         run.after_step(step, config.global_batch_size, lr=lr)
+        if run.due(config.run.checkpoint_every, step):
+            run.checkpoint(step, training.state())
         if run.due(config.eval_every, step):
             figures = evaluate(training, evaluation_set, config, run, step)
         if run.due(config.run.checkpoint_every, step):
-            run.checkpoint(step, training.state())
             export_tokenizer(training, config, run, step + 1, figures)
     if first_step >= total_steps:  # killed between the last checkpoint and its export
         figures = evaluate(training, evaluation_set, config, run, total_steps - 1)
