@@ -27,7 +27,7 @@ def test_quickstart_leaves_a_report_and_does_nothing_twice(tmp_path):
               "class_accuracy_unguided", "class_accuracy_real", "class_accuracy_reconstructed", "frechet_samples",
               "frechet_reconstructed", "frechet_real", "seconds"}
     assert wanted <= set(figures)
-    assert 0 < figures["usage_semantic"] <= 1 and figures["psnr_dual"] > 5 and len(figures["seconds"]) == 10
+    assert 0 < figures["usage_semantic"] <= 1 and figures["psnr_dual"] > 5 and len(figures["seconds"]) == 11
     for name in ("stage1.png", "stage2.png", "samples.png", "curves.png", "guided.png"):
         assert np.asarray(Image.open(folder / name)).std() > 5, name
         assert name in (folder / "report.md").read_text() or name == "guided.png"
