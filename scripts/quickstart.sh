@@ -42,14 +42,14 @@ tokenizer() {
     RUN_DIR="$OUT/vq" NPROC=1 \
     STAGE1="--steps $(steps 450)" STAGE2="--steps $(steps 2000) --revive-every 50" \
         bash scripts/tokenizer/train_dual_vq.sh --data-path ${DATA}_train.npz --val-path ${DATA}_test.npz \
-        --vq-model VQ-8-small --codebook-sizes 128 512 "${SHAPE[@]}" "${PERCEPTUAL[@]}" --no-random-crop \
-        --global-batch-size 16 --lr 1e-3 --lr-end 1e-4 --ema-decay 0.99 --codebook-init kmeans \
+        --vq-model VQ-8-small --codebook-sizes 128 512 "${SHAPE[@]}" "${PERCEPTUAL[@]}" --no-random-crop --no-random-flip \
+        --global-batch-size 16 --lr 1e-3 --lr-end 5e-5 --ema-decay 0.99 --codebook-init kmeans \
         --kmeans-vectors 32768 --log-every 50 --checkpoint-every 250 --mixed-precision none
 }
 phase tokenizer tokenizer
 
 phase codes "$PYTHON" autoregressive/train/extract_codes_c2i.py --data-path ${DATA}_train.npz "${SHAPE[@]}" \
-    --vq-ckpt "$OUT/vq/dual" --code-path "$OUT/codes" --augmentation flip
+    --vq-ckpt "$OUT/vq/dual" --code-path "$OUT/codes" --augmentation none
 
 gpt() {
     NPROC=1 bash scripts/autoregressive/train_c2i.sh --gpt-model GPT-tiny --image-size 32 --downsample-size 8 \
