@@ -43,7 +43,7 @@ VQ_models: dict[str, dict] = {
     "VQ-16": dict(encoder_multipliers=(1, 1, 2, 2, 4), decoder_multipliers=(1, 1, 2, 2, 4)),
     "VQ-8": dict(encoder_multipliers=(1, 2, 2, 4), decoder_multipliers=(1, 2, 2, 4)),
     # 32-pixel images: 4x4 and 8x8 cells
-    "VQ-8-small": dict(channels=24, encoder_multipliers=(1, 2, 4), decoder_multipliers=(1, 2, 4), latent_channels=64,
+    "VQ-8-small": dict(channels=16, encoder_multipliers=(1, 2, 4), decoder_multipliers=(1, 2, 4), latent_channels=64,
                        residual_blocks=1, stem=2, norm_groups=8, attention=False, zero_residual=True),
     "VQ-4-small": dict(channels=32, encoder_multipliers=(1, 2), decoder_multipliers=(1, 2), latent_channels=64,
                        residual_blocks=2, stem=2, norm_groups=8, attention=False, zero_residual=True),
