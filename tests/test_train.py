@@ -314,3 +314,10 @@ def test_sharding_compile_and_activation_checkpointing_work_together(codes, tmp_
     command(TRAIN, *options, "--compile", "--activation-checkpointing", processes=2)
     seen = losses(tmp_path / "run")
     assert seen == pytest.approx({step: reference[step] for step in (1, 2, 3)}, abs=1e-4)
+
+
+def test_sharded_training_in_bf16_stays_close(codes, tmp_path, reference):
+    """GPUs train in bf16 by default: FSDP2's casts must meet in every layer, and the loss must stay float32's."""
+    options = gpt_options(codes, tmp_path / "run", steps=3, data_parallel="fsdp", ema_decay=0.9, mixed_precision="bf16")
+    command(TRAIN, *options, processes=2)
+    assert losses(tmp_path / "run") == pytest.approx({step: reference[step] for step in (1, 2, 3)}, abs=0.02)
