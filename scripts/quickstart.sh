@@ -40,7 +40,7 @@ phase judge classifier --out "$OUT/judge.safetensors" --widths 48 96 128 --epoch
 
 tokenizer() {
     RUN_DIR="$OUT/vq" NPROC=1 \
-    STAGE1="--steps $(steps 500)" STAGE2="--steps $(steps 2400) --revive-every 50" \
+    STAGE1="--steps $(steps 500)" STAGE2="--steps $(steps 2800) --revive-every 50" \
         bash scripts/tokenizer/train_dual_vq.sh --data-path ${DATA}_train.npz --val-path ${DATA}_test.npz \
         --vq-model VQ-8-small --codebook-sizes 128 512 "${SHAPE[@]}" "${PERCEPTUAL[@]}" --no-random-crop --no-random-flip \
         --global-batch-size 16 --lr 1e-3 --lr-end 5e-5 --ema-decay 0.99 --codebook-init kmeans \
@@ -54,7 +54,7 @@ phase codes "$PYTHON" autoregressive/train/extract_codes_c2i.py --data-path ${DA
 gpt() {
     NPROC=1 bash scripts/autoregressive/train_c2i.sh --gpt-model GPT-tiny --image-size 32 --downsample-size 8 \
         --codebook-sizes 128 512 --num-classes 10 --code-path "$OUT/codes" --run-dir "$OUT/gpt" --data-parallel none \
-        --steps "$(steps 420)" --global-batch-size 128 --lr 2e-3 --lr-end 2e-4 --lr-schedule cosine --warmup-steps 20 \
+        --steps "$(steps 520)" --global-batch-size 128 --lr 2e-3 --lr-end 2e-4 --lr-schedule cosine --warmup-steps 20 \
         --ema-decay 0.99 --num-workers 0 --log-every 20 --checkpoint-every 100 --mixed-precision none
 }
 phase gpt gpt
