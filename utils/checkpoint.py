@@ -114,12 +114,15 @@ def export(path: Path, kind: str, tensors: dict[str, Tensor], config: dict, proc
         os.replace(aside, path)
 
 
-def read_export(path: str | Path, kind: str, option: str) -> tuple[dict, dict[str, Tensor]]:
+def read_export(path: str | Path, kind: str, option: str, tensors: bool = True) -> tuple[dict, dict[str, Tensor]]:
     """Read (configuration, tensors) of an exported file; a run folder stands for the file in it.
 
-    Raises UserError naming `option` when the file is missing, damaged, or of another kind.
+    A training checkpoint `step-*` of a GPT serves too, averaged weights first.  tensors: False reads the configuration
+    alone.  Raises UserError naming `option` when the file is missing, damaged, or of another kind.
     """
     path = Path(path)
+    if (path / "config.json").is_file() and (path / ".metadata").is_file():
+        return read_checkpoint(path, kind, option, tensors)
     if path.is_dir():
         path = path / f"{kind}.safetensors"
     if not path.is_file():
@@ -130,9 +133,26 @@ def read_export(path: str | Path, kind: str, option: str) -> tuple[dict, dict[st
             if metadata.get("kind") != kind:
                 raise UserError(f"{option} {path} holds a {metadata.get('kind', 'model of unknown kind')}, not a {kind}: "
                                 f"give the {kind}.safetensors that training exported.")
-            return json.loads(metadata["config"]), {name: file.get_tensor(name) for name in file.keys()}
+            names = file.keys() if tensors else ()
+            return json.loads(metadata["config"]), {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise UserError(f"{option} {path} is damaged or no safetensors file ({error}): export or copy it again.") from error
+
+
+def read_checkpoint(path: Path, kind: str, option: str, tensors: bool) -> tuple[dict, dict[str, Tensor]]:
+    """(configuration, weights) of a GPT's training checkpoint; raises UserError when it is of another kind."""
+    saved = json.loads((path / "config.json").read_text())
+    if kind != "gpt" or "export" not in saved:
+        raise UserError(f"{option} {path} is a training checkpoint, not a {kind}: give the {kind}.safetensors of its run.")
+    if not tensors:
+        return saved["export"], {}
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    part = "ema" if any(name.startswith("ema.") for name in stored) else "model"
+    shapes = {name.removeprefix(f"{part}."): entry for name, entry in stored.items() if name.startswith(f"{part}.")}
+    weights = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in shapes.items()}
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        dcp.load({part: weights}, checkpoint_id=path, no_dist=True)
+    return saved["export"], weights
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], option: str) -> None:

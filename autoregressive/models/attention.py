@@ -11,8 +11,8 @@ from torch import Tensor
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Rotate consecutive pairs of x [B, H, T, E] by rotary [T, E/2, 2] (cosine, sine), in float32."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, H, T, E/2]
+    """Rotate consecutive pairs of x [..., T, E] by rotary [T, E/2, 2] (cosine, sine), in float32."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [..., T, E/2]
     cos, sin = rotary.float().unbind(-1)
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x)
 
@@ -23,6 +23,11 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q: [B, H, T, E]; k, v: [B, H, S, E] with S = T or T = 1.  Returns [B, H, T, E].
     """
     return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
+
+
+def full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of all positions to all: q, k, v [B, H, T, E] -> [B, H, T, E]."""
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def short_causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

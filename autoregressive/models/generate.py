@@ -16,13 +16,16 @@ may differ in the last bits between batch sizes; in bfloat16 that can tip a draw
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from autoregressive.models.attention import KVCache
 from autoregressive.models.gpt import GPT
+from autoregressive.models.packing import packed_linears
+from autoregressive.models.paradigms import DecodeState
 from utils.config import UserError
 
 Scale = Tensor | float
@@ -35,18 +38,33 @@ GUIDANCE: dict[str, Callable[[float, float, int, int, Scale, float], Scale]] = {
     "equation18": lambda start, end, i, steps, a, w: (start + (end - start) * (i / steps)) * a,
 }
 
-# Table 12: guidance (start, end) by size and grid; FID published in table 3 (24x24: 300 epochs; 16x16: B, L 300, XL, XXL 50).
-CFG_RANGES: dict[tuple[str, int], tuple[float, float]] = {
-    ("GPT-B", 16): (1.75, 2.5),     # FID 4.06
-    ("GPT-L", 16): (1.4, 2.5),      # FID 2.57
-    ("GPT-XL", 16): (1.25, 3.0),    # FID 2.64
-    ("GPT-XXL", 16): (1.25, 3.0),   # FID 2.30
-    ("GPT-B", 24): (1.75, 3.0),     # FID 4.80
-    ("GPT-L", 24): (1.4, 2.5),      # FID 2.76
-    ("GPT-XL", 24): (1.35, 3.0),    # FID 2.10
-    ("GPT-XXL", 24): (1.4, 3.15),   # FID 1.76
-    ("GPT-tiny", 4): (2.0, 4.0),    # quickstart
-}
+# Guidance (start, end) by number of codebooks, size and grid.  Two codebooks: table 12, with the FID published in table 3
+# (24x24: 300 epochs; 16x16: B, L 300, XL, XXL 50).  One codebook: LlamaGen's constant scales, the same for both grids.
+CFG_RANGES: dict[tuple[int, str, int], tuple[float, float]] = {
+    (2, "GPT-B", 16): (1.75, 2.5),     # FID 4.06
+    (2, "GPT-L", 16): (1.4, 2.5),      # FID 2.57
+    (2, "GPT-XL", 16): (1.25, 3.0),    # FID 2.64
+    (2, "GPT-XXL", 16): (1.25, 3.0),   # FID 2.30
+    (2, "GPT-B", 24): (1.75, 3.0),     # FID 4.80
+    (2, "GPT-L", 24): (1.4, 2.5),      # FID 2.76
+    (2, "GPT-XL", 24): (1.35, 3.0),    # FID 2.10
+    (2, "GPT-XXL", 24): (1.4, 3.15),   # FID 1.76
+    (2, "GPT-tiny", 4): (2.0, 4.0),    # quickstart
+} | {(1, name, grid): (scale, scale) for grid in (16, 24) for name, scale in
+     (("GPT-B", 2.0), ("GPT-L", 2.0), ("GPT-XL", 1.75), ("GPT-XXL", 1.75), ("GPT-3B", 1.65))}
+
+
+def sampling_preset(gpt_model: str, streams: int, grid_size: int) -> dict[str, Any]:
+    """Fields of SamplingOptions that a checkpoint carries, so that sampling from it needs no flags.
+
+    gpt_model: size of the table; streams: number of codebooks.  Empty for a size without a published range.
+    """
+    if (streams, gpt_model, grid_size) not in CFG_RANGES:
+        return {}
+    start, end = CFG_RANGES[streams, gpt_model, grid_size]
+    if start == end:
+        return {"guidance": "constant", "cfg_scale": [start], "cfg_interval": -1}
+    return {"guidance": "attention", "cfg_scale": [start, end], "cfg_attention_weight": 0.05}
 
 
 @dataclass
@@ -56,8 +74,8 @@ class SamplingOptions:
     guidance: Literal["constant", "progressive", "attention", "equation18"] = "attention"
     """Schedule of the guidance scale."""
     cfg_scale: tuple[float, ...] = ()
-    """Guidance scale: one value, START END, or START END of the semantic then of the detail stream.
-    Empty: the range of table 12 for the model's size and grid; 1 switches guidance off."""
+    """Guidance scale: one value, START END, or START END of the semantic then of the detail stream; 1: no guidance.
+    Empty: what the checkpoint carries, by table 12 or LlamaGen's scales."""
     cfg_attention_weight: float = 0.05
     """w of the attention schedule (released range 0.05 to 0.1)."""
     cfg_interval: int = -1
@@ -83,13 +101,11 @@ def cfg_ranges(options: SamplingOptions, gpt: GPT) -> list[tuple[float, float]]:
     """The guidance (start, end) of every stream; raises UserError for a range that is upside down or incomplete."""
     streams, values = len(gpt.config.codebook_sizes), options.cfg_scale
     if not values:
-        key = gpt.extra.get("gpt_model"), gpt.config.grid_size
+        key = streams, gpt.extra.get("gpt_model"), gpt.config.grid_size
         if key not in CFG_RANGES:
-            raise UserError(f"--cfg-scale is empty and table 12 has no range for {key[0]} on a {key[1]}x{key[1]} grid: "
+            raise UserError(f"--cfg-scale is empty and no range is published for {key[1]} on a {key[2]}x{key[2]} grid: "
                             "give --cfg-scale START END.")
         values = CFG_RANGES[key]
-        if options.guidance == "constant":
-            raise UserError(f"--guidance constant needs one --cfg-scale value; table 12's range is {values[0]} to {values[1]}.")
     if len(values) not in (1, 2, 2 * streams):
         raise UserError(f"--cfg-scale has {len(values)} values: give one, START END, or START END for each stream.")
     values = values * 2 if len(values) == 1 else values
@@ -180,19 +196,39 @@ class Sampler:
         return unconditional + scale * (conditional - unconditional)
 
 
+@dataclass
+class Decoding:
+    """One decoding under way: all of its state, owned by the caller of `decode_step`."""
+
+    sampler: Sampler
+    cache: KVCache
+    state: DecodeState
+    x: Tensor  # the next trunk input [B, D], or conditional rows before unconditional ones [2B, D]
+
+
+def start_decoding(gpt: GPT, labels: Tensor, options: SamplingOptions, uniforms: Tensor) -> Decoding:
+    """Caches and the class token: labels [B]; uniforms [B, C, N] from `draw_uniforms`."""
+    sampler = Sampler(gpt, options, uniforms.to(labels.device))
+    rows = torch.cat([labels, torch.full_like(labels, gpt.null_class)]) if sampler.guided else labels
+    cache = gpt.new_cache(len(rows), record_condition=sampler.needs_attention)
+    return Decoding(sampler, cache, gpt.paradigm.new_state(len(rows)), gpt.class_token(rows))
+
+
+def decode_step(gpt: GPT, decoding: Decoding, step: int) -> None:
+    """Advance the trunk by one position and choose the codes it predicts."""
+    hidden = gpt.step(decoding.x, decoding.cache, step)
+    decoding.sampler.begin(step, decoding.cache.condition_weight)
+    decoding.x = gpt.paradigm.decode(hidden, decoding.state, decoding.sampler)
+
+
 @torch.inference_mode()
 def generate(gpt: GPT, labels: Tensor, options: SamplingOptions, uniforms: Tensor) -> Tensor:
     """Draw one grid of codes for each label.
 
     labels: [B] in [0, num_classes); uniforms: [B, C, N] from `draw_uniforms`.  Returns codes [B, C, N] int64.
     """
-    sampler = Sampler(gpt, options, uniforms.to(labels.device))
-    rows = torch.cat([labels, torch.full_like(labels, gpt.null_class)]) if sampler.guided else labels
-    cache = gpt.new_cache(len(rows), record_condition=sampler.needs_attention)
-    state = gpt.paradigm.new_state(len(rows))
-    x = gpt.class_token(rows)
-    for step in range(sampler.steps):
-        hidden = gpt.step(x, cache, step)
-        sampler.begin(step, cache.condition_weight)
-        x = gpt.paradigm.decode(hidden, state, sampler)
-    return state.codes[: len(labels)]
+    decoding = start_decoding(gpt, labels, options, uniforms)
+    with packed_linears(gpt, len(decoding.x)):
+        for step in range(decoding.sampler.steps):
+            decode_step(gpt, decoding, step)
+    return decoding.state.codes[: len(labels)]

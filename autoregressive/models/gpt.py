@@ -33,6 +33,7 @@ class GPTConfig:
     grid_size: int = 16
     codebook_sizes: tuple[int, ...] = (256, 4096)
     paradigm: str = "hierarchical"
+    context: Literal["compressed", "concatenated", "none"] = "compressed"
     window_size: int = 5
     token_dropout: float = 0.1
     resid_dropout: float = 0.1
@@ -105,16 +106,9 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, rotary: Tensor | None, skip: int) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, D] -> keys and values [B, H, T, D/H] and the queries of all but the first `skip` positions."""
-        dim = x.shape[-1]
-        if skip:
-            q = F.linear(x[:, skip:], self.wqkv.weight[:dim])
-            k, v = F.linear(x, self.wqkv.weight[dim:]).chunk(2, dim=-1)
-        else:
-            q, k, v = self.wqkv(x).chunk(3, dim=-1)
-        q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))  # [B, H, T, D/H]
-        if rotary is not None:
-            q, k = rotate(q, rotary[skip:]), rotate(k, rotary)
-        return q, k, v
+        qkv = self.wqkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # [3, B, H, T, D/H]
+        q, k = qkv[:2] if rotary is None else rotate(qkv[:2], rotary)
+        return q[:, :, skip:], k, qkv[2]
 
     def combine(self, heads: Tensor) -> Tensor:
         """[B, H, T, D/H] -> [B, T, D]."""
@@ -158,8 +152,9 @@ class GPT(nn.Module):
         self.activation_checkpointing = False
         self.cls_embedding = nn.Embedding(config.num_classes + 1, config.dim)  # last row: the null class
         self.token_dropout = nn.Dropout(config.token_dropout)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.paradigm = PARADIGMS[config.paradigm](config)
+        paradigm, _ = PARADIGMS[config.paradigm]
+        self.layers = nn.ModuleList(Block(config, paradigm.attend) for _ in range(config.n_layer))
+        self.paradigm = paradigm(config)
         self.register_buffer("rotary", self.build_rotary(), persistent=False)
         self.init_weights()
 

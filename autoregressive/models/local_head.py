@@ -3,6 +3,7 @@
 Each cell sees the trunk states of its causal neighbours in a K x K window, compressed and joined into one summary; a
 small transformer runs over the slots [summary, trunk state, embeddings of the streams already chosen].  Compression
 acts on single vectors, so it runs once a cell and the small results are gathered: while decoding, only they are kept.
+Table 6's variants are `context`: "compressed", "concatenated" (joined at full width), "none" (no summary).
 """
 
 from dataclasses import dataclass
@@ -34,21 +35,25 @@ def window_indices(grid_size: int, window_size: int) -> Tensor:
 
 
 class LocalContext(nn.Module):
-    """Summary of the window: compress D -> D/4 -> D/n, join the n neighbours, expand -> 2D -> D (equation 15)."""
+    """Summary of the window: join what the n neighbours contribute, expand -> 2D -> D (equation 15).
+
+    A neighbour contributes its state compressed D -> D/4 -> D/n, or the whole of it (table 6, row 2).
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         window = window_indices(config.grid_size, config.window_size)
         neighbours = window.shape[1]
-        self.width = config.dim // neighbours
-        self.compress = mlp(config.dim, config.dim // 4, self.width)
+        self.dim, self.compressing = config.dim, config.context == "compressed"
+        self.width = config.dim // neighbours if self.compressing else config.dim
+        self.compress = mlp(config.dim, config.dim // 4, self.width) if self.compressing else nn.Identity()
         self.expand = mlp(neighbours * self.width, 2 * config.dim, config.dim)
         self.register_buffer("window", window, persistent=False)
 
     def border(self) -> Tensor:
-        """What a cell outside the image contributes: the compression of a zero vector [D/n]."""
-        weight = self.compress[0].weight
-        return self.compress(torch.zeros(weight.shape[1], device=weight.device, dtype=weight.dtype))
+        """What a cell outside the image contributes: what a zero vector does [c]."""
+        weight = self.expand[0].weight
+        return self.compress(torch.zeros(self.dim, device=weight.device, dtype=weight.dtype))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Trunk states of all cells [B, N, D] -> summaries [B, N, D]."""
@@ -56,27 +61,39 @@ class LocalContext(nn.Module):
         small = torch.cat([small, self.border().expand(len(small), 1, -1).type_as(small)], dim=1)
         return self.expand(small[:, self.window].flatten(2))                       # [B, N, n c] -> [B, N, D]
 
+    def new_state(self, batch: int) -> Tensor:
+        """Room for what each cell contributes, the border's in the last row [B, N + 1, c]."""
+        return self.border().repeat(batch, len(self.window) + 1, 1)
+
+    def step(self, hidden: Tensor, cell: int, contributions: Tensor) -> Tensor:
+        """Decode: summary of `cell`'s window [B, D]; keeps what its state [B, D] will contribute to later cells."""
+        summary = self.expand(contributions[:, self.window[cell]].flatten(1))
+        contributions[:, cell] = self.compress(hidden)
+        return summary
+
 
 @dataclass
 class HeadState:
-    """What the head keeps while decoding: compressed trunk states, the border's in the last row, and three slots."""
+    """What the head keeps while decoding: contributions of decoded cells to their neighbours, and the slots' cache."""
 
-    compressed: Tensor  # [B, N + 1, c]
+    contributions: Tensor | None  # [B, N + 1, c]
     cache: KVCache
 
 
 class LocalContextHead(nn.Module):
-    """Five transformer layers over the slots of one cell (equation 13)."""
+    """Transformer layers over the slots of one cell (equation 13); without local context (table 6, row 1) the cell's
+    trunk state is the first slot."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.slots = len(config.codebook_sizes) + 1
         self.config = config
-        self.context = LocalContext(config)
+        self.context = None if config.context == "none" else LocalContext(config)
+        self.leading = 0 if self.context is None else 1  # slots that predict nothing
+        self.slots = self.leading + len(config.codebook_sizes)
         self.layers = nn.ModuleList(Block(config, short_causal_attention) for _ in range(config.head_layers))
         rotary = torch.ones(self.slots, config.dim // config.n_head // 2, 2)
         rotary[..., 1] = 0                                                         # identity
-        rotary[0] = 0                                                              # the release's first row
+        rotary[: self.leading] = 0                                                 # the release's first row
         self.register_buffer("rotary", rotary if config.head_rotary == "zero_summary" else None, persistent=False)
 
     def rows(self, start: int, end: int) -> Tensor | None:
@@ -89,33 +106,31 @@ class LocalContextHead(nn.Module):
         hidden: trunk states [B, N, D]; embedded: the embeddings of all streams but the last, each [B, N, D];
         run_block: calls a layer (with activation checkpointing where wanted).  Returns [B, N, C, D].
         """
-        slots = torch.stack([self.context(hidden), hidden, *embedded], dim=2)      # [B, N, C + 1, D]
-        x = slots.flatten(0, 1)                                                    # [B N, C + 1, D]
+        leading = [] if self.context is None else [self.context(hidden)]
+        x = torch.stack([*leading, hidden, *embedded], dim=2).flatten(0, 1)        # [B N, slots, D]
         for index, block in enumerate(self.layers):
             # The summary predicts nothing: the last layer needs it only as a key.
-            x = run_block(block, x, self.rotary, skip=int(index == len(self.layers) - 1))
+            x = run_block(block, x, self.rotary, skip=self.leading * (index == len(self.layers) - 1))
         return x.unflatten(0, hidden.shape[:2])
 
     def new_state(self, batch: int) -> HeadState:
         """Buffers for decoding `batch` grids, allocated once."""
-        weight = self.context.compress[0].weight
-        compressed = self.context.border().repeat(batch, self.config.cells + 1, 1)
-        head_dim = self.config.dim // self.config.n_head
-        return HeadState(compressed, KVCache(len(self.layers), batch, self.config.n_head, self.slots, head_dim,
-                                             weight.device, weight.dtype))
+        weight, heads = self.layers[0].attention_norm.weight, self.config.n_head
+        cache = KVCache(len(self.layers), batch, heads, self.slots, self.config.dim // heads, weight.device, weight.dtype)
+        return HeadState(None if self.context is None else self.context.new_state(batch), cache)
 
     def begin_cell(self, hidden: Tensor, cell: int, state: HeadState) -> Tensor:
         """First pass of a cell, summary and state together: [B, D] -> head state of the first stream [B, D]."""
-        summary = self.context.expand(state.compressed[:, self.context.window[cell]].flatten(1))
-        state.compressed[:, cell] = self.context.compress(hidden)
-        return self._pass(torch.stack([summary, hidden], dim=1), state, slot=0)
+        leading = [] if self.context is None else [self.context.step(hidden, cell, state.contributions)]
+        return self._pass(torch.stack([*leading, hidden], dim=1), state, slot=0)
 
     def continue_cell(self, embedded: Tensor, stream: int, state: HeadState) -> Tensor:
         """Pass of the next stream: embedding of stream - 1's choice [B, D] -> head state of `stream` [B, D]."""
-        return self._pass(embedded[:, None], state, slot=stream + 1)
+        return self._pass(embedded[:, None], state, slot=self.leading + stream)
 
     def _pass(self, x: Tensor, state: HeadState, slot: int) -> Tensor:
         rotary = self.rows(slot, slot + x.shape[1])
         for index, (block, cache) in enumerate(zip(self.layers, state.cache.layers, strict=True)):
-            x = block(x, rotary, cache, slot, skip=int(slot == 0 and index == len(self.layers) - 1))
+            last = index == len(self.layers) - 1
+            x = block(x, rotary, cache, slot, skip=self.leading * (slot == 0 and last))
         return x[:, -1]

@@ -1,5 +1,12 @@
 """Prediction paradigms: what a trunk step reads, and how codes are predicted from its state (paper section 4.3, table 5).
 
+    single         one codebook, one code a trunk step (LlamaGen, IAR, CTF's coarse labels)
+    alternating    k_1 j_1 k_2 j_2 ..., one code a trunk step
+    grouped        k_1 ... k_N j_1 ... j_N, one code a trunk step
+    independent    fused tokens, one trunk step a cell, both codes from its state by parallel heads
+    hierarchical   fused tokens, one trunk step a cell, the detail given the semantic code (IAR2)
+    fine           all coarse labels at once, all fine labels in one step (CTF's second stage, `ctf.py`)
+
 A paradigm differs from another in four things, its methods: which cell each trunk input belongs to (`cells`), how
 codes become trunk inputs (`inputs`, and `decode`'s return value), how states become logits (`logits`), and which codes
 one decoded trunk step chooses (`decode`).  `GPT` looks its paradigm up in `PARADIGMS` once.  `pick` chooses codes from
@@ -8,11 +15,12 @@ logits: paradigms know nothing of guidance or sampling.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoregressive.models.attention import causal_attention, full_attention
 from autoregressive.models.gpt import GPTConfig
 from autoregressive.models.local_head import HeadState, LocalContextHead, mlp
 
@@ -22,85 +30,210 @@ Pick = Callable[[Tensor, int], Tensor]
 
 @dataclass
 class DecodeState:
-    """What one decoding owns: the codes chosen so far [B, C, N], the next trunk step, and the head's buffers."""
+    """What one decoding owns: the codes chosen so far [B, C, N], the next trunk step, buffers of fusion and head."""
 
     codes: Tensor
-    head: HeadState | None
+    tables: list[Tensor] | None = None  # fused tokens: what each code adds to the first fusion layer [K_c, 4D]
+    head: HeadState | None = None
     step: int = 0
 
 
-class Paradigm(Protocol):
-    """The interface every paradigm implements; T is the number of trunk steps."""
+class Paradigm(nn.Module):
+    """The interface, and the parts all paradigms have; T is the number of trunk steps."""
 
-    cells: Tensor  # [T - 1] grid cell of each trunk input after the class token
+    cells: Tensor                             # [T - 1] grid cell of each trunk input after the class token
+    attend = staticmethod(causal_attention)   # the trunk's attention kernel
+
+    def __init__(self, config: GPTConfig, outputs: list[nn.Module]) -> None:
+        """outputs: one head a predicted stream, D -> K_c."""
+        super().__init__()
+        self.config = config
+        self.embeddings = nn.ModuleList(nn.Embedding(size, config.dim) for size in config.codebook_sizes)
+        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.outputs = nn.ModuleList(outputs)
 
     def inputs(self, codes: Tensor) -> Tensor:
         """Codes [B, C, N] -> trunk inputs after the class token [B, T - 1, D]."""
+        raise NotImplementedError
 
     def logits(self, hidden: Tensor, codes: Tensor, run_block: Callable) -> list[Tensor]:
-        """Trunk states [B, T, D] and codes -> C teacher-forced logits [B, N, K_c]."""
+        """Trunk states [B, T, D] and codes [B, C, N] -> teacher-forced logits [B, N, K_c] of each predicted stream.
 
-    def new_state(self, batch: int) -> DecodeState:
-        """Buffers for decoding `batch` grids."""
+        run_block: calls a transformer layer (with activation checkpointing where wanted).
+        """
+        raise NotImplementedError
 
     def decode(self, hidden: Tensor, state: DecodeState, pick: Pick) -> Tensor:
-        """One trunk step: state [B, D] -> codes chosen into `state`; returns the next trunk input [B, D]."""
+        """One trunk step: hidden [B, D] -> codes chosen into `state`; returns the next trunk input [B, D]."""
+        raise NotImplementedError
+
+    def targets(self, codes: Tensor) -> Tensor:
+        """The streams that `logits` predicts: codes [B, C, N] -> [B, C', N]."""
+        return codes
+
+    def new_state(self, batch: int) -> DecodeState:
+        """Buffers for decoding `batch` grids, allocated once."""
+        shape = batch, len(self.embeddings), self.config.cells
+        return DecodeState(torch.zeros(shape, dtype=torch.long, device=self.norm.weight.device))
 
     def output_layers(self) -> list[nn.Linear]:
         """The last layers before the logits, which start at zero."""
+        return [output[-1] if isinstance(output, nn.Sequential) else output for output in self.outputs]
+
+    def embed_streams(self, codes: Tensor) -> list[Tensor]:
+        """Codes [B, C', n] of the first C' streams -> C' embeddings [B, n, D]."""
+        return [table(stream) for table, stream in zip(self.embeddings, codes.unbind(1))]
 
 
-class Hierarchical(nn.Module):
-    """IAR2: fused tokens, one trunk step a cell, semantic then detail by the local-context head (equations 12, 13)."""
+class Alternating(Paradigm):
+    """One code a trunk step, the streams of a cell after each other; with one codebook this is LlamaGen's GPT."""
 
     def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.config = config
-        streams, dim = len(config.codebook_sizes), config.dim
-        self.embeddings = nn.ModuleList(nn.Embedding(size, dim) for size in config.codebook_sizes)
-        self.fusion = mlp(streams * dim, 4 * dim, dim, out_bias=True)
-        self.head = LocalContextHead(config)
-        self.norm = nn.RMSNorm(dim, config.norm_eps)
-        self.outputs = nn.ModuleList(mlp(dim, 2 * dim, size) for size in config.codebook_sizes)
+        sizes, dim = config.codebook_sizes, config.dim
+        # LlamaGen has one linear output; table 5 gives two streams a simple MLP each.
+        super().__init__(config, [nn.Linear(dim, size, bias=False) if len(sizes) == 1 else mlp(dim, 2 * dim, size)
+                                  for size in sizes])
+        self.steps = self.order(len(sizes), config.cells)
+        stream, cell = (torch.tensor(column) for column in zip(*self.steps))
+        self.register_buffer("cells", cell[:-1], persistent=False)
+        self.register_buffer("stream_of", stream, persistent=False)                # [T]
+        self.register_buffer("cell_of", cell, persistent=False)                    # [T]
+
+    @staticmethod
+    def order(streams: int, cells: int) -> list[tuple[int, int]]:
+        """(stream, cell) of every trunk step."""
+        return [(stream, cell) for cell in range(cells) for stream in range(streams)]
+
+    def inputs(self, codes: Tensor) -> Tensor:
+        """Codes [B, C, N] -> embeddings in the order of prediction, without the last [B, T - 1, D]."""
+        embedded = torch.stack(self.embed_streams(codes), dim=1)                   # [B, C, N, D]
+        return embedded[:, self.stream_of[:-1], self.cell_of[:-1]]
+
+    def logits(self, hidden: Tensor, codes: Tensor, run_block: Callable) -> list[Tensor]:
+        """Trunk states [B, T, D] -> C teacher-forced logits [B, N, K_c]."""
+        hidden = self.norm(hidden)
+        return [output(hidden[:, self.stream_of == stream]) for stream, output in enumerate(self.outputs)]
+
+    def decode(self, hidden: Tensor, state: DecodeState, pick: Pick) -> Tensor:
+        """One code from [B, D]; returns its embedding [B, D]."""
+        stream, cell = self.steps[state.step]
+        codes = pick(self.outputs[stream](self.norm(hidden)), stream)
+        state.codes[:, stream, cell] = codes
+        state.step += 1
+        return self.embeddings[stream](codes)
+
+
+class Grouped(Alternating):
+    """One code a trunk step, all semantic codes of the grid before all detail codes."""
+
+    @staticmethod
+    def order(streams: int, cells: int) -> list[tuple[int, int]]:
+        """(stream, cell) of every trunk step."""
+        return [(stream, cell) for stream in range(streams) for cell in range(cells)]
+
+
+class Independent(Paradigm):
+    """Fused tokens (equation 12), one trunk step a cell, the streams of a cell independent of each other."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        dim = config.dim
+        super().__init__(config, [mlp(dim, 2 * dim, size) for size in config.codebook_sizes])
+        self.fusion = mlp(len(config.codebook_sizes) * dim, 4 * dim, dim, out_bias=True)
         position = torch.arange(config.cells - 1)
         self.register_buffer("cells", position // 2 if config.rotary == "repeated" else position, persistent=False)
 
     def fuse(self, codes: Tensor) -> Tensor:
         """Equation 12: codes [B, C, n] -> fused tokens [B, n, D]."""
-        embedded = [table(stream) for table, stream in zip(self.embeddings, codes.unbind(1), strict=True)]
-        return self.fusion(torch.cat(embedded, dim=-1))
+        return self.fusion(torch.cat(self.embed_streams(codes), dim=-1))
 
     def inputs(self, codes: Tensor) -> Tensor:
         """Codes [B, C, N] -> fused tokens of all cells but the last [B, N - 1, D]."""
         return self.fuse(codes[..., :-1])
 
     def logits(self, hidden: Tensor, codes: Tensor, run_block: Callable) -> list[Tensor]:
+        """Trunk states [B, N, D] -> C teacher-forced logits [B, N, K_c]."""
+        hidden = self.norm(hidden)
+        return [output(hidden) for output in self.outputs]
+
+    def decode(self, hidden: Tensor, state: DecodeState, pick: Pick) -> Tensor:
+        """One cell from [B, D]; returns its fused token [B, D]."""
+        hidden = self.norm(hidden)
+        for stream, output in enumerate(self.outputs):
+            state.codes[:, stream, state.step] = pick(output(hidden), stream)
+        return self.advance(state)
+
+    def new_state(self, batch: int) -> DecodeState:
+        """Buffers for decoding `batch` grids; the first fusion layer becomes one table a stream."""
+        state, weight = super().new_state(batch), self.fusion[0].weight.chunk(len(self.embeddings), dim=1)
+        state.tables = [F.linear(table.weight, part) for table, part in zip(self.embeddings, weight, strict=True)]
+        return state
+
+    def advance(self, state: DecodeState) -> Tensor:
+        """Go on to the next cell; returns the fused token of the one just chosen [B, D]."""
+        rows = [table[codes] for table, codes in zip(state.tables, state.codes[..., state.step].unbind(1), strict=True)]
+        state.step += 1
+        return self.fusion[1:](sum(rows, self.fusion[0].bias))                     # equation 12
+
+
+class Hierarchical(Independent):
+    """IAR2: fused tokens, one trunk step a cell, semantic then detail by the local-context head (equations 12, 13)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config)
+        self.head = LocalContextHead(config)
+
+    def logits(self, hidden: Tensor, codes: Tensor, run_block: Callable) -> list[Tensor]:
         """Trunk states [B, N, D] and codes [B, C, N] -> C teacher-forced logits [B, N, K_c]."""
-        embedded = [table(stream) for table, stream in zip(self.embeddings[:-1], codes.unbind(1)[:-1], strict=True)]
-        states = self.norm(self.head(hidden, embedded, run_block))                 # [B, N, C, D]
+        states = self.norm(self.head(hidden, self.embed_streams(codes[:, :-1]), run_block))  # [B, N, C, D]
         return [output(states[:, :, stream]) for stream, output in enumerate(self.outputs)]
 
     def new_state(self, batch: int) -> DecodeState:
-        """Buffers for decoding `batch` grids, allocated once."""
-        shape = batch, len(self.outputs), self.config.cells
-        return DecodeState(torch.zeros(shape, dtype=torch.long, device=self.norm.weight.device),
-                           self.head.new_state(batch))
+        """Buffers for decoding `batch` grids, the head's among them."""
+        state = super().new_state(batch)
+        state.head = self.head.new_state(batch)
+        return state
 
     def decode(self, hidden: Tensor, state: DecodeState, pick: Pick) -> Tensor:
         """One cell: head passes and choices in stream order; returns its fused token [B, D]."""
-        cell = state.step
-        x = self.head.begin_cell(hidden, cell, state.head)
+        x = self.head.begin_cell(hidden, state.step, state.head)
         for stream, output in enumerate(self.outputs):
             codes = pick(output(self.norm(x)), stream)
-            state.codes[:, stream, cell] = codes
+            state.codes[:, stream, state.step] = codes
             if stream + 1 < len(self.outputs):
                 x = self.head.continue_cell(self.embeddings[stream](codes), stream + 1, state.head)
-        state.step += 1
-        return self.fuse(state.codes[..., cell : cell + 1])[:, 0]
-
-    def output_layers(self) -> list[nn.Linear]:
-        """The last layer of each stream's output MLP."""
-        return [output[-1] for output in self.outputs]
+        return self.advance(state)
 
 
-PARADIGMS: dict[str, type] = {"hierarchical": Hierarchical}
+class FineLabels(Paradigm):
+    """CTF's second stage: streams (coarse, fine); every cell sees all coarse labels and the class, and predicts its fine
+    label, all in one pass.  `ctf.py` samples from it; there is nothing to decode step by step."""
+
+    attend = staticmethod(full_attention)
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config, [nn.Linear(config.dim, config.codebook_sizes[1], bias=False)])
+        del self.embeddings[1]  # fine labels are only predicted
+        self.register_buffer("cells", torch.arange(config.cells), persistent=False)
+
+    def inputs(self, codes: Tensor) -> Tensor:
+        """Codes [B, 1 or 2, N] -> embeddings of the coarse labels of all cells [B, N, D]."""
+        return self.embeddings[0](codes[:, 0])
+
+    def logits(self, hidden: Tensor, codes: Tensor, run_block: Callable) -> list[Tensor]:
+        """States of the class token and all cells [B, 1 + N, D] -> fine logits [B, N, K_fine]."""
+        return [self.outputs[0](self.norm(hidden[:, 1:]))]
+
+    def targets(self, codes: Tensor) -> Tensor:
+        """The fine stream: codes [B, 2, N] -> [B, 1, N]."""
+        return codes[:, 1:]
+
+
+PARADIGMS: dict[str, tuple[type[Paradigm], int]] = {
+    # name: (class, number of codebooks)
+    "single": (Alternating, 1),
+    "alternating": (Alternating, 2),
+    "grouped": (Grouped, 2),
+    "independent": (Independent, 2),
+    "hierarchical": (Hierarchical, 2),
+    "fine": (FineLabels, 2),
+}

@@ -1,16 +1,17 @@
-"""From class labels to images: the two models a sampler needs, checked against each other and loaded once."""
+"""From class labels to images: the models a sampler needs, checked against each other and loaded once."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autoregressive.models.ctf import FineOptions, refine
 from autoregressive.models.generate import SamplingOptions, cfg_ranges, draw_uniforms, generate, per_stream
-from utils.checkpoint import load_gpt, load_tokenizer
+from utils.checkpoint import fingerprint, load_gpt, load_tokenizer, read_export
 from utils.config import UserError
 from utils.images import to_uint8
 
@@ -20,9 +21,11 @@ class ModelOptions:
     """The models to sample from; their shapes are read from the files."""
 
     gpt_ckpt: Path
-    """gpt.safetensors or the run folder that holds it."""
+    """gpt.safetensors, the run folder that holds it, or a training checkpoint step-*."""
     vq_ckpt: Path
     """tokenizer.safetensors or the run folder that holds it."""
+    fine_ckpt: Path | None = None
+    """Second stage of a GPT that predicts coarse labels (CTF)."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """Of the GPT; auto: bf16 on GPUs."""
     image_size_eval: int = 0
@@ -31,28 +34,51 @@ class ModelOptions:
     """auto, cuda or cpu."""
 
 
-class Pipeline:
-    """GPT and tokenizer on one device."""
+def carried_options(config: Any) -> dict[str, Any]:
+    """The sampling options that --gpt-ckpt carries, as defaults of a command line whose `models` are ModelOptions."""
+    description, _ = read_export(config.models.gpt_ckpt, "gpt", "--gpt-ckpt", tensors=False)
+    return {name: tuple(value) if isinstance(value, list) else value
+            for name, value in description.get("sampling", {}).items()}
 
-    def __init__(self, models: ModelOptions, sampling: SamplingOptions, device: torch.device) -> None:
+
+class Pipeline:
+    """GPT, second stage where there is one, and tokenizer on one device."""
+
+    def __init__(self, models: ModelOptions, sampling: SamplingOptions, fine: FineOptions, device: torch.device) -> None:
         """Raises UserError when the files do not fit each other or the sampling options fit no model."""
         bf16 = models.precision == "bf16" or (models.precision == "auto" and device.type == "cuda")
-        self.gpt = load_gpt(models.gpt_ckpt, device, torch.bfloat16 if bf16 else torch.float32)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        self.gpt = load_gpt(models.gpt_ckpt, device, dtype)
+        self.fine = load_gpt(models.fine_ckpt, device, dtype, "--fine-ckpt") if models.fine_ckpt else None
         self.tokenizer = load_tokenizer(models.vq_ckpt, device).to(memory_format=torch.channels_last)
-        self.sampling, self.device, self.image_size_eval = sampling, device, models.image_size_eval
-        seen, expected = self.tokenizer.extra["fingerprint"], self.gpt.extra["tokenizer"]
-        if seen != expected:
-            raise UserError(f"--vq-ckpt {models.vq_ckpt} is tokenizer {seen} but --gpt-ckpt {models.gpt_ckpt} was trained "
-                            f"on codes of tokenizer {expected}: give the tokenizer that made the codes.")
-        cfg_ranges(sampling, self.gpt)
-        streams = len(self.gpt.config.codebook_sizes)
-        for values, option, fits, wanted in (
-                (sampling.top_k, "--top-k", lambda v: v >= 0, "0 or more"),
-                (sampling.top_p, "--top-p", lambda v: 0 < v <= 1, "in (0, 1]"),
-                (sampling.temperature, "--temperature", lambda v: v >= 0, "0 or more")):
-            for value in per_stream(values, streams, option):
-                if not fits(value):
-                    raise UserError(f"{option} {value} must be {wanted}.")
+        self.sampling, self.fine_options, self.device = sampling, fine, device
+        self.image_size_eval = models.image_size_eval
+        self._check_models(models)
+        check_sampling(sampling, fine, self.gpt)
+        if self.fine is not None:
+            self.coarse_of = torch.tensor(self.fine.extra["coarse_of"], device=device)
+
+    def _check_models(self, models: ModelOptions) -> None:
+        """Raise UserError unless coarse labels meet their second stage and codes their tokenizer."""
+        giver, option = self.gpt, f"--gpt-ckpt {models.gpt_ckpt}"
+        if giver.config.paradigm == "fine":
+            raise UserError(f"{option} is a second stage: give the coarse GPT here and this one as --fine-ckpt.")
+        if self.fine is not None:
+            seen, expected = self.gpt.extra["tokenizer"], self.fine.extra.get("coarse")
+            giver, option = self.fine, f"--fine-ckpt {models.fine_ckpt}"
+            if seen != expected:
+                raise UserError(f"--gpt-ckpt {models.gpt_ckpt} predicts {seen} but {option} refines {expected}: give two stages "
+                                "trained with the maps of one rearrange.py run.")
+        seen, expected = self.tokenizer.extra["fingerprint"], giver.extra["tokenizer"]
+        if expected.startswith("coarse-"):
+            raise UserError(f"{option} predicts coarse labels, which no tokenizer decodes: give its --fine-ckpt.")
+        if expected and seen != expected:  # published files do not say which tokenizer made their codes
+            raise UserError(f"--vq-ckpt {models.vq_ckpt} is tokenizer {seen} but {option} was trained on codes of tokenizer "
+                            f"{expected}: give the tokenizer that made the codes.")
+        sizes = giver.config.codebook_sizes[-len(self.tokenizer.config.codebook_sizes):]
+        if tuple(sizes) != tuple(self.tokenizer.config.codebook_sizes):
+            raise UserError(f"--vq-ckpt {models.vq_ckpt} has codebooks {self.tokenizer.config.codebook_sizes} but {option} "
+                            f"predicts {tuple(giver.config.codebook_sizes)}: give the tokenizer that made the codes.")
 
     @property
     def num_classes(self) -> int:
@@ -64,16 +90,47 @@ class Pipeline:
         """Side of the images `sample` returns."""
         return self.image_size_eval or self.gpt.config.grid_size * self.tokenizer.config.downsampling
 
+    def identity(self) -> dict[str, str]:
+        """What the models are, so that a partial file made by others is not continued."""
+        stages = {"gpt": self.gpt} | ({"fine": self.fine} if self.fine is not None else {})
+        return {name: fingerprint(gpt.state_dict()) for name, gpt in stages.items()} | {
+            "tokenizer": self.tokenizer.extra["fingerprint"]}
+
+    @torch.inference_mode()
+    def sample_codes(self, labels: Tensor, samples: np.ndarray) -> Tensor:
+        """Draw codes [B, C, N] of the tokenizer for class ids [B]; samples: their global indices [B]."""
+        config, stages = self.gpt.config, 1 if self.fine is None else 2
+        streams = len(config.codebook_sizes)
+        uniforms = draw_uniforms(self.sampling.seed, samples, streams * stages, config.cells)
+        codes = generate(self.gpt, labels, self.sampling, uniforms[:, :streams])
+        if self.fine is None:
+            return codes
+        return refine(self.fine, labels, codes, self.fine_options, uniforms[:, -1], self.coarse_of)
+
     @torch.inference_mode()
     def sample(self, labels: np.ndarray, samples: np.ndarray) -> np.ndarray:
         """Draw images uint8 [B, S, S, 3] of class ids [B]; samples: their global indices [B], which fix the randomness."""
-        config = self.gpt.config
-        uniforms = draw_uniforms(self.sampling.seed, samples, len(config.codebook_sizes), config.cells)
-        codes = generate(self.gpt, torch.from_numpy(labels).to(self.device), self.sampling, uniforms)
-        images = self.tokenizer.decode_codes(codes.unflatten(-1, (config.grid_size, config.grid_size)))
+        codes = self.sample_codes(torch.from_numpy(labels).to(self.device), samples)
+        images = self.tokenizer.decode_codes(codes.unflatten(-1, (self.gpt.config.grid_size,) * 2))
         if self.image_size_eval:
             images = F.interpolate(images, size=(self.image_size_eval,) * 2, mode="bicubic")
         return to_uint8(images).cpu().numpy()
+
+
+def check_sampling(sampling: SamplingOptions, fine: FineOptions, gpt: torch.nn.Module) -> None:
+    """Raise UserError for a guidance range, temperature or filter that fits no model."""
+    cfg_ranges(sampling, gpt)
+    streams = len(gpt.config.codebook_sizes)
+    for values, option, fits, wanted in (
+            (sampling.top_k, "--top-k", lambda v: v >= 0, "0 or more"),
+            (sampling.top_p, "--top-p", lambda v: 0 < v <= 1, "in (0, 1]"),
+            (sampling.temperature, "--temperature", lambda v: v >= 0, "0 or more"),
+            ((fine.fine_top_k,), "--fine-top-k", lambda v: v >= 0, "0 or more"),
+            ((fine.fine_temperature,), "--fine-temperature", lambda v: v >= 0, "0 or more"),
+            ((fine.fine_cfg_scale,), "--fine-cfg-scale", lambda v: v >= 0, "0 or more")):
+        for value in per_stream(values, streams, option):
+            if not fits(value):
+                raise UserError(f"{option} {value} must be {wanted}.")
 
 
 def check_classes(classes: np.ndarray | Tensor, num_classes: int, option: str) -> None:

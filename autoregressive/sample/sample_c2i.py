@@ -11,8 +11,9 @@ if __package__ in (None, ""):
 import numpy as np
 from tqdm import tqdm
 
+from autoregressive.models.ctf import FineOptions
 from autoregressive.models.generate import SamplingOptions
-from autoregressive.sample.pipeline import ModelOptions, Pipeline, check_classes
+from autoregressive.sample.pipeline import ModelOptions, Pipeline, carried_options, check_classes
 from utils.config import UserError, check_writable, parse, run_main
 from utils.distributed import setup
 from utils.images import image_grid
@@ -27,6 +28,7 @@ class GridConfig:
 
     models: ModelOptions
     sampling: SamplingOptions
+    fine: FineOptions
     classes: tuple[int, ...] = (207, 360, 387, 974, 88, 979, 417, 279)
     """Class ids, a row each; the default is LlamaGen's eight ImageNet classes."""
     per_class: int = 8
@@ -41,7 +43,7 @@ class GridConfig:
 
 def main() -> None:
     """Parse options, draw, write the picture."""
-    config = parse(GridConfig)
+    config = parse(GridConfig, carried_options)
     processes = setup(config.models.device)
     set_up_logging(processes)
     check_writable(config.out.parent, "--out")
@@ -49,7 +51,7 @@ def main() -> None:
         raise UserError(f"--out {config.out} must end in .png.")
     if config.class_names and len(config.class_names) != len(config.classes):
         raise UserError(f"--class-names has {len(config.class_names)} names for the {len(config.classes)} --classes.")
-    pipeline = Pipeline(config.models, config.sampling, processes.device)
+    pipeline = Pipeline(config.models, config.sampling, config.fine, processes.device)
     check_classes(config.classes, pipeline.num_classes, "--classes")
     labels = np.repeat(np.array(config.classes), config.per_class)
     images = [pipeline.sample(labels[first : first + config.batch_size],

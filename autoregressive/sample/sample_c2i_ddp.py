@@ -17,9 +17,9 @@ if __package__ in (None, ""):
 import numpy as np
 from tqdm import tqdm
 
+from autoregressive.models.ctf import FineOptions
 from autoregressive.models.generate import SamplingOptions
-from autoregressive.sample.pipeline import ModelOptions, Pipeline
-from utils.checkpoint import fingerprint
+from autoregressive.sample.pipeline import ModelOptions, Pipeline, carried_options
 from utils.config import UserError, parse, run_main, to_dict
 from utils.distributed import Processes, setup
 from utils.images import image_grid
@@ -35,6 +35,7 @@ class SampleConfig:
 
     models: ModelOptions
     sampling: SamplingOptions
+    fine: FineOptions
     out: Path = Path("samples/samples.npz")
     """npz to write."""
     per_class: int = 50
@@ -77,8 +78,8 @@ def draw_share(pipeline: Pipeline, store: ImageStore, labels: np.ndarray, config
 
 def identity(config: SampleConfig, pipeline: Pipeline) -> dict:
     """What the samples depend on: a partial file made otherwise is not continued."""
-    return {"kind": "samples", "gpt": fingerprint(pipeline.gpt.state_dict()), "tokenizer": pipeline.gpt.extra["tokenizer"],
-            "random_labels": config.random_labels, **to_dict(config.sampling)}
+    fine = to_dict(config.fine) if pipeline.fine is not None else {}
+    return {"kind": "samples", **pipeline.identity(), "random_labels": config.random_labels, **to_dict(config.sampling), **fine}
 
 
 def preview(images: np.ndarray, path: Path) -> None:
@@ -89,7 +90,7 @@ def preview(images: np.ndarray, path: Path) -> None:
 
 def sample(config: SampleConfig, processes: Processes) -> None:
     """Draw all samples and write the npz."""
-    pipeline = Pipeline(config.models, config.sampling, processes.device)
+    pipeline = Pipeline(config.models, config.sampling, config.fine, processes.device)
     labels = make_labels(config, pipeline.num_classes)
     shape = len(labels), pipeline.image_size, pipeline.image_size, 3
     about = identity(config, pipeline)
@@ -109,7 +110,7 @@ def sample(config: SampleConfig, processes: Processes) -> None:
 
 def main() -> None:
     """Parse options and sample."""
-    config = parse(SampleConfig)
+    config = parse(SampleConfig, carried_options)
     processes = setup(config.models.device)
     set_up_logging(processes)
     sample(config, processes)

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.utils.data import DataLoader
 
+from autoregressive.models.generate import sampling_preset
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.models.losses import stream_losses
 from utils.batches import GlobalBatches
@@ -263,13 +264,19 @@ def train_step(training: Training, loader, accumulation: int, config: TrainConfi
     run.metrics.add({"gradient_norm": norm})
 
 
-def export_gpt(training: Training, config: TrainConfig, header: CodeHeader, run: Run, step: int) -> None:
-    """Write gpt.safetensors (averaged weights where averaging is on) with all that sampling needs to know."""
+def describe(config: TrainConfig, model: GPTConfig, header: CodeHeader) -> dict[str, Any]:
+    """All that sampling needs to know about the GPT beside its weights."""
+    return {"model": to_dict(model), "gpt_model": config.gpt.gpt_model, "tokenizer": header.tokenizer,
+            "image_size": header.image_size, "ema": config.ema_decay,
+            "sampling": sampling_preset(config.gpt.gpt_model, len(model.codebook_sizes), model.grid_size)}
+
+
+def export_gpt(training: Training, run: Run, step: int) -> None:
+    """Write gpt.safetensors, averaged weights where averaging is on."""
     averaged = training.ema.applied() if training.ema else nullcontext()
     with averaged:
-        description = {"model": to_dict(training.gpt.config), "gpt_model": config.gpt.gpt_model, "step": step,
-                       "tokenizer": header.tokenizer, "image_size": header.image_size, "ema": config.ema_decay}
-        export(run.folder / "gpt.safetensors", "gpt", get_model_state_dict(training.model), description, run.processes)
+        export(run.folder / "gpt.safetensors", "gpt", get_model_state_dict(training.model),
+               run.config["export"] | {"step": step}, run.processes)
 
 
 def train(config: TrainConfig, processes: Processes) -> None:
@@ -280,8 +287,8 @@ def train(config: TrainConfig, processes: Processes) -> None:
     dataset = CodeDataset(config.code_path, config.run.seed)
     probe = GlobalBatches(len(dataset), config.global_batch_size, micro, 0, 1, 0, 0, 0)
     total_steps = config.steps or int(config.epochs * probe.steps_per_epoch)
-    run = Run(config.run, {"model": to_dict(model_config) | {"tokenizer": header.tokenizer}, "options": to_dict(config)},
-              processes, total_steps)
+    run = Run(config.run, {"model": to_dict(model_config) | {"tokenizer": header.tokenizer}, "options": to_dict(config),
+                           "export": describe(config, model_config, header)}, processes, total_steps)
     training = set_up(config, model_config, processes)
     log.info("%s: %.1fM parameters, %d steps of %d images, %s on %d processes", config.gpt.gpt_model,
              sum(p.numel() for p in training.gpt.parameters()) / 1e6, total_steps, config.global_batch_size,
@@ -302,9 +309,9 @@ def train(config: TrainConfig, processes: Processes) -> None:
         run.after_step(step, config.global_batch_size, lr=lr)
         if run.due(config.run.checkpoint_every, step):
             run.checkpoint(step, training.state())
-            export_gpt(training, config, header, run, step + 1)
+            export_gpt(training, run, step + 1)
     if first_step >= total_steps:  # killed between the last checkpoint and its export
-        export_gpt(training, config, header, run, total_steps)
+        export_gpt(training, run, total_steps)
     run.close()
 
 

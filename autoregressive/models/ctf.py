@@ -1,0 +1,51 @@
+"""CTF's second stage: all fine labels of a grid in one step, given its coarse labels and class (arXiv 2503.16194).
+
+The model is `paradigms.FineLabels` on the trunk of `gpt.py` with full attention.  What the sources leave open is decided
+so, and switchable: a fine label is an index of the whole codebook (not of the cluster), candidates are all codes as the
+published recipe has it (`--fine-candidates cluster` keeps to the members of the coarse cluster), and the step is not
+guided unless `--fine-cfg-scale` says so.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from autoregressive.models.generate import draw_codes, filter_logits
+from autoregressive.models.gpt import GPT
+
+
+@dataclass
+class FineOptions:
+    """How the second stage draws fine labels, where there is one."""
+
+    fine_candidates: Literal["all", "cluster"] = "all"
+    """Codes a cell may take: all, or the members of its coarse cluster."""
+    fine_temperature: float = 1.0
+    """Softmax temperature of fine labels; 0 takes the likeliest."""
+    fine_top_k: int = 0
+    """Keep the k likeliest fine labels; 0 keeps all."""
+    fine_cfg_scale: float = 1.0
+    """Guidance scale of the fine step; 1: none."""
+
+
+@torch.inference_mode()
+def refine(gpt: GPT, labels: Tensor, coarse: Tensor, options: FineOptions, uniforms: Tensor, coarse_of: Tensor) -> Tensor:
+    """Draw the fine labels of coarse grids.
+
+    labels: [B]; coarse: [B, 1, N]; uniforms: [B, N] in [0, 1); coarse_of: coarse label of every code [K].
+    Returns codes [B, 1, N] of the tokenizer.
+    """
+    guided = options.fine_cfg_scale != 1
+    if guided:
+        rows = torch.cat([labels, torch.full_like(labels, gpt.null_class)])
+        conditional, unconditional = gpt(rows, coarse.repeat(2, 1, 1))[0].float().chunk(2)  # [B, N, K]
+        logits = unconditional + options.fine_cfg_scale * (conditional - unconditional)
+    else:
+        logits = gpt(labels, coarse)[0].float()
+    if options.fine_candidates == "cluster":
+        logits = logits.masked_fill(coarse_of != coarse[:, 0, :, None], -torch.inf)
+    logits = filter_logits(logits.flatten(0, 1), options.fine_top_k, 1.0)          # [B N, K]
+    codes = draw_codes(logits, uniforms.to(logits.device).flatten(), options.fine_temperature)
+    return codes.view_as(coarse)
