@@ -1,0 +1,200 @@
+"""Time decoding and training of a GPT, beside the same weights in the structure of the published code.
+
+    python scripts/benchmark.py decode      ms a cell, tokens/s, images/s
+    python scripts/benchmark.py train       ms a forward and backward pass, tokens/s
+
+Prints JSON.  `ratio` is our time over the published structure's (`published_structure.py`), both measured in turn in one
+run, the least of `--repeats`: noise only ever adds time.  `fraction_of_floor` is the time that the
+arithmetic and the reading of weights would take at the matrix product and memory rates that this machine shows
+(`machine` in the output), over ours.
+"""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+from autoregressive.models.generate import Sampler, SamplingOptions, decode_step, draw_uniforms, start_decoding
+from autoregressive.models.gpt import GPT, GPT_models, build_gpt
+from autoregressive.models.losses import stream_losses
+from autoregressive.models.packing import packed_linears
+from scripts import published_structure
+from utils.config import UserError, parse, run_main
+from utils.distributed import setup
+
+
+@dataclass
+class BenchmarkConfig:
+    """Options of a benchmark."""
+
+    task: tyro.conf.Positional[Literal["decode", "train"]]
+    """What to time."""
+    gpt_model: str = "GPT-B"
+    """Size."""
+    image_size: int = 256
+    """Side of the images; 256 is 16x16 cells."""
+    paradigm: Literal["hierarchical", "single"] = "hierarchical"
+    """IAR2's prediction, or LlamaGen's (which has no published structure to compare with here)."""
+    batch_size: int = 0
+    """Images at once; 0: 4 to decode, with guidance, and 2 to train."""
+    cells: int = 32
+    """Decode: cells timed, from the first on; 0: the whole grid."""
+    repeats: int = 5
+    """Timings of which the least counts."""
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    """auto: bf16 on GPUs."""
+    device: str = "auto"
+    """auto, cuda or cpu."""
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call."""
+    synchronise(device)
+    started = time.perf_counter()
+    work()
+    synchronise(device)
+    return time.perf_counter() - started
+
+
+def in_turn(timers: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+    """The least that each timer returns, called in turn after one round to warm up."""
+    rounds = [{name: timer() for name, timer in timers.items()} for _ in range(repeats + 1)]
+    return {name: min(taken[name] for taken in rounds[1:]) for name in timers}
+
+
+def machine_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """What the machine does at best: TFLOP/s of a square matrix product, GB/s of reading memory."""
+    side = 8192 if device.type == "cuda" else 1536
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    big = torch.randn(2**27 if device.type == "cuda" else 2**25, device=device)
+    taken = in_turn({"product": lambda: seconds(lambda: a @ b, device), "read": lambda: seconds(big.sum, device)}, 5)
+    return {"tflops": 2 * side**3 / taken["product"] / 1e12, "gigabytes_per_second": 4 * big.numel() / taken["read"] / 1e9}
+
+
+def make_gpt(config: BenchmarkConfig, device: torch.device) -> GPT:
+    """A randomly initialised GPT."""
+    if config.gpt_model not in GPT_models:
+        raise UserError(f"--gpt-model {config.gpt_model} is unknown: choose one of {', '.join(GPT_models)}.")
+    torch.manual_seed(0)
+    sizes = (16384,) if config.paradigm == "single" else (256, 4096)
+    gpt = build_gpt(config.gpt_model, grid_size=config.image_size // 16, paradigm=config.paradigm, codebook_sizes=sizes)
+    for output in gpt.paradigm.output_layers():
+        torch.nn.init.normal_(output.weight, std=0.02)
+    return gpt.to(device)
+
+
+def multiplications(gpt: GPT) -> int:
+    """Weights a cell is multiplied with: matrices, each as often as the positions it is applied to."""
+    slots = {"paradigm.head.layers": len(gpt.config.codebook_sizes) + 1}
+    return sum(parameter.numel() * next((n for prefix, n in slots.items() if name.startswith(prefix)), 1)
+               for name, parameter in gpt.named_parameters() if parameter.ndim == 2 and "embedding" not in name)
+
+
+def benchmark_decode(config: BenchmarkConfig, gpt: GPT, device: torch.device, rates: dict) -> dict:
+    """Decode the first cells with guidance, ours and the published structure in turn."""
+    batch, cells = config.batch_size or 4, config.cells or gpt.config.cells
+    gpt.eval().requires_grad_(False)
+    labels = torch.arange(batch, device=device)
+    uniforms = draw_uniforms(0, np.arange(batch), len(gpt.config.codebook_sizes), gpt.config.cells).to(device)
+    options = SamplingOptions(cfg_scale=(1.75, 2.5))
+
+    def ours() -> float:
+        decoding = start_decoding(gpt, labels, options, uniforms)
+        with packed_linears(gpt, 2 * batch):  # once a batch of images, 0.3 s for GPT-B
+            return seconds(lambda: [decode_step(gpt, decoding, step) for step in range(cells)], device)
+
+    def published() -> float:
+        sampler = Sampler(gpt, options, uniforms)
+        rows = torch.cat([labels, torch.full_like(labels, gpt.null_class)])
+        decoder = published_structure.Decoder(gpt, len(rows))
+        return seconds(lambda: decoder.run(gpt.class_token(rows), cells, sampler), device)
+
+    with torch.inference_mode():
+        taken = in_turn({"ours": ours} | ({"published": published} if config.paradigm == "hierarchical" else {}),
+                        config.repeats)
+    a_cell = {name: value / cells for name, value in taken.items()}
+    weights, size = multiplications(gpt), gpt.cls_embedding.weight.element_size()
+    floor = max(2 * weights * 2 * batch / (rates["tflops"] * 1e12), weights * size / (rates["gigabytes_per_second"] * 1e9))
+    return {"ms_per_cell": 1e3 * a_cell["ours"], "tokens_per_second": len(gpt.config.codebook_sizes) * batch / a_cell["ours"],
+            "images_per_second": batch / (a_cell["ours"] * gpt.config.cells), "batch_size": batch, "cells": cells,
+            "fraction_of_floor": floor / a_cell["ours"], **compare(a_cell, "ms_per_cell")}
+
+
+def compare(taken: dict[str, float], unit: str) -> dict[str, float]:
+    """The published structure's time and the ratio to it, where it was measured."""
+    if "published" not in taken:
+        return {}
+    return {f"published_{unit}": 1e3 * taken["published"], "ratio": taken["ours"] / taken["published"]}
+
+
+def benchmark_train(config: BenchmarkConfig, gpt: GPT, device: torch.device, rates: dict, bf16: bool) -> dict:
+    """Forward and backward pass of whole grids, ours and the published structure in turn."""
+    batch, shape = config.batch_size or 2, gpt.config
+    gpt.train()
+    labels = torch.arange(batch, device=device)
+    codes = torch.stack([torch.randint(size, (batch, shape.cells), device=device) for size in shape.codebook_sizes], 1)
+
+    def step(forward: Callable[[GPT, Tensor, Tensor], list[Tensor]]) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss, _ = stream_losses(forward(gpt, labels, codes), codes, (1.0,) * len(shape.codebook_sizes))
+        loss.backward()
+
+    def timer(forward: Callable[[GPT, Tensor, Tensor], list[Tensor]]) -> float:
+        gpt.zero_grad(set_to_none=True)
+        return seconds(lambda: step(forward), device)
+
+    timers = {"ours": lambda: timer(GPT.__call__)}
+    if config.paradigm == "hierarchical":
+        timers["published"] = lambda: timer(published_structure.forward)
+    taken = in_turn(timers, config.repeats)
+    floor = 6 * multiplications(gpt) * batch * shape.cells / (rates["tflops"] * 1e12)
+    return {"ms_per_step": 1e3 * taken["ours"],
+            "tokens_per_second": len(shape.codebook_sizes) * batch * shape.cells / taken["ours"],
+            "batch_size": batch, "fraction_of_floor": floor / taken["ours"], **compare(taken, "ms_per_step")}
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak GiB of the device, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def main() -> None:
+    """Parse options, measure, print JSON."""
+    config = parse(BenchmarkConfig)
+    processes = setup(config.device)
+    device = processes.device
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    rates = machine_rates(device, torch.bfloat16 if bf16 else torch.float32)
+    gpt = make_gpt(config, device)
+    if config.task == "decode":
+        figures = benchmark_decode(config, gpt.to(torch.bfloat16) if bf16 else gpt, device, rates)
+    else:
+        figures = benchmark_train(config, gpt, device, rates, bf16)
+    about = {"task": config.task, "gpt_model": config.gpt_model, "paradigm": config.paradigm, "device": str(device),
+             "precision": "bf16" if bf16 else "float32", "threads": torch.get_num_threads(), "torch": torch.__version__}
+    print(json.dumps(about | figures | {"peak_memory_gib": peak_memory(device), "machine": rates}, indent=1))
+    processes.close()
+
+
+if __name__ == "__main__":
+    run_main(main)
