@@ -16,9 +16,11 @@ from PIL import Image
 from autoregressive.models.gpt import GPT, GPTConfig
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 from utils.checkpoint import export, fingerprint
-from utils.config import run_main
+from utils.config import from_dict, run_main
+from utils.released_weights import KINDS, gpt_shape, to_ours, tokenizer_shape
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+GOLDEN = REPOSITORY / "tests" / "golden"
 TINY_VQ = VQConfig(codebook_sizes=(8, 16), channels=8, encoder_multipliers=(1, 2), decoder_multipliers=(1, 2),
                    latent_channels=8, residual_blocks=1, stem=4, norm_groups=4)
 TINY_GPT = GPTConfig(dim=48, n_layer=2, n_head=4, head_layers=2, num_classes=3, grid_size=4, codebook_sizes=(8, 16),
@@ -41,6 +43,31 @@ def random_codes(batch: int, config: GPTConfig, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.stack([torch.randint(size, (batch, config.cells), generator=generator)
                         for size in config.codebook_sizes], dim=1)
+
+
+def arrays(*names: str) -> dict[str, torch.Tensor]:
+    """All arrays of golden files as tensors."""
+    found = {}
+    for name in names:
+        with np.load(GOLDEN / f"{name}.npz") as file:
+            found |= {key: torch.from_numpy(file[key]) for key in file.files if file[key].dtype.kind in "fiu"}
+    return found
+
+
+def imported_gpt(kind: str, tensors: dict[str, torch.Tensor], **shape) -> GPT:
+    """A GPT with published weights, by the tables of utils.released_weights."""
+    rules = KINDS[kind]
+    gpt = GPT(from_dict(GPTConfig, gpt_shape(tensors, "file") | rules.fixed | shape))
+    gpt.load_state_dict(to_ours(rules, tensors, gpt, "file"))
+    return gpt.eval()
+
+
+def imported_tokenizer(kind: str, tensors: dict[str, torch.Tensor]) -> VQModel:
+    """A tokenizer with published weights, by the tables of utils.released_weights."""
+    rules = KINDS[kind]
+    model = VQModel(from_dict(VQConfig, tokenizer_shape(tensors, "file") | rules.fixed))
+    model.load_state_dict(to_ours(rules, tensors, model, "file"))
+    return model
 
 
 @pytest.fixture

@@ -1,19 +1,16 @@
 """The GPT: sizes, causality, agreement of decoding with teacher forcing, agreement with the released computation."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tests.conftest import TINY_GPT, random_codes, randomise
+from tests.conftest import GOLDEN, TINY_GPT, arrays, imported_gpt, random_codes, randomise
 
 from autoregressive.models.attention import causal_attention, short_causal_attention
 from autoregressive.models.gpt import GPT, GPTConfig, build_gpt, rotary_table
 from autoregressive.models.local_head import window_indices
 from autoregressive.models.losses import stream_losses
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 def teacher_forced_decode(gpt: GPT, labels: torch.Tensor, codes: torch.Tensor) -> list[torch.Tensor]:
@@ -128,24 +125,10 @@ def test_short_attention_equals_the_general_kernel():
 
 
 def released_gpt() -> tuple[GPT, dict[str, np.ndarray]]:
-    """The golden weights under our names."""
-    names = [("cls_embedding.embedding_table", "cls_embedding"), ("factorized_blocks", "paradigm.head.layers"),
-             ("tok_embeddings1", "paradigm.embeddings.0"), ("tok_embeddings2", "paradigm.embeddings.1"),
-             ("aggregation_layer", "paradigm.fusion"), ("output1", "paradigm.outputs.0"),
-             ("output2", "paradigm.outputs.1"), ("mlp1", "paradigm.head.context.compress"),
-             ("mlp2", "paradigm.head.context.expand")]
-    state = {}
-    with np.load(GOLDEN / "iar2_gpt_4x4_weights.npz") as weights:
-        for key in weights.files:
-            name = "paradigm." + key if key.startswith("norm.") else key
-            for old, new in names:
-                name = name.replace(old, new)
-            state[name] = torch.from_numpy(weights[key])
-    gpt = GPT(GPTConfig(dim=96, n_layer=3, n_head=4, head_layers=2, num_classes=10, grid_size=4, codebook_sizes=(8, 32),
-                        token_dropout=0.0, resid_dropout=0.0, ffn_dropout=0.0, class_dropout=0.0, rotary="repeated",
-                        head_rotary="zero_summary"))
-    gpt.load_state_dict(state)
-    return gpt.eval(), dict(np.load(GOLDEN / "iar2_gpt_4x4_io.npz"))
+    """The golden weights in our model."""
+    shape = dict(n_head=4, grid_size=4, token_dropout=0.0, resid_dropout=0.0, ffn_dropout=0.0, class_dropout=0.0)
+    gpt = imported_gpt("iar2-gpt", arrays("iar2_gpt_4x4_weights"), **shape)
+    return gpt, dict(np.load(GOLDEN / "iar2_gpt_4x4_io.npz"))
 
 
 def test_logits_loss_and_gradients_equal_the_released_code():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.conftest import TINY_VQ
+from tests.conftest import GOLDEN, TINY_VQ, arrays, imported_tokenizer
 
 from tokenizer.tokenizer_image import vq_loss
 from tokenizer.tokenizer_image.codebook import (
@@ -23,7 +23,6 @@ from utils.batches import ImageOptions
 from utils.distributed import Processes
 from utils.run import RunOptions
 
-GOLDEN = Path(__file__).parent / "golden"
 ALONE = Processes(0, 1, 0, torch.device("cpu"))
 
 
@@ -36,21 +35,8 @@ class PixelDistance(torch.nn.Module):
 
 
 def released_tokenizer() -> VQModel:
-    """The golden weights under our names."""
-    names = [("conv_blocks", "stages"), ("nin_shortcut", "shortcut"), ("downsample", "resample"), ("upsample", "resample"),
-             ("quantize.embedding_second", "quantizer.codebooks.1"), ("quantize.embedding.weight", "quantizer.codebooks.0")]
-    state = {}
-    for part in ("encoder", "rest"):
-        with np.load(GOLDEN / f"iar2_vq_weights_{part}.npz") as weights:
-            for key in weights.files:
-                name = key
-                for old, new in names:
-                    name = name.replace(old, new)
-                state[name] = torch.from_numpy(weights[key])
-    model = VQModel(VQConfig(channels=32, encoder_multipliers=(1, 2, 2), decoder_multipliers=(1, 2, 2),
-                             latent_channels=32, codebook_sizes=(256, 32)))
-    model.load_state_dict(state)
-    return model
+    """The golden weights in our model."""
+    return imported_tokenizer("iar2-vq", arrays("iar2_vq_weights_encoder", "iar2_vq_weights_rest"))
 
 
 @pytest.mark.parametrize("streams, prefix", [("all", "second"), ("semantic", "first")])
