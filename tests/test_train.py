@@ -14,6 +14,7 @@ import torch
 from tests.conftest import REPOSITORY, TINY_VQ, call, command, export_models, losses
 
 from autoregressive.train import extract_codes_c2i, train_c2i
+from autoregressive.models.losses import ObjectiveOptions
 from autoregressive.train.train_c2i import RECIPES, GPTOptions, TrainConfig, learning_rate, recipe
 from utils.batches import GlobalBatches
 from utils.checkpoint import load_gpt, load_tokenizer
@@ -109,14 +110,14 @@ def test_gradient_accumulation_does_not_change_the_run(codes, tmp_path, referenc
 
 def test_a_non_finite_step_is_left_out(codes, tmp_path, monkeypatch, caplog):
     """One bad batch must not ruin the weights and both moments of the optimizer."""
-    original, calls = train_c2i.stream_losses, []
+    original, calls = train_c2i.objective, []
 
-    def poisoned(logits, target, weights):
-        loss, parts = original(logits, target, weights)
+    def poisoned(logits, target, options):
+        loss, parts = original(logits, target, options)
         calls.append(1)
         return (loss * float("nan"), parts) if len(calls) == 3 else (loss, parts)
 
-    monkeypatch.setattr(train_c2i, "stream_losses", poisoned)
+    monkeypatch.setattr(train_c2i, "objective", poisoned)
     call(train_c2i.main, *gpt_options(codes, tmp_path / "run", data_parallel="none"))
     assert all(torch.isfinite(p).all() for p in load_gpt(tmp_path / "run").parameters())
     assert "step left out" in (tmp_path / "run" / "log.txt").read_text()
@@ -127,15 +128,16 @@ def test_recipes_are_table_11_and_typed_flags_win():
     required = ["--run-dir", "r", "--code-path", "c"]
     config = parse(TrainConfig, recipe, [*required, "--gpt-model", "GPT-XXL", "--image-size", "384"])
     assert (config.global_batch_size, config.lr, config.lr_end, config.lr_schedule, config.epochs,
-            config.semantic_weight, config.data_parallel) == (512, 3e-4, 1e-4, "cosine", 300, 1.5, "fsdp")
+            config.objective.semantic_weight, config.data_parallel) == (512, 3e-4, 1e-4, "cosine", 300, 1.5, "fsdp")
     typed = parse(TrainConfig, recipe, [*required, "--gpt-model", "GPT-XXL", "--lr", "7e-4"])
     assert typed.lr == 7e-4 and typed.lr_end == 5e-5 and typed.epochs == 50
-    assert len(RECIPES) == 8
+    llamagen = parse(TrainConfig, recipe, [*required, "--gpt-model", "GPT-XL", "--codebook-sizes", "16384"])
+    assert (llamagen.lr, llamagen.lr_schedule, llamagen.epochs) == (1e-4, "constant", 50) and len(RECIPES) == 16
 
 
 def test_learning_rate_schedules():
     """Warm-up, then the constant or the cosine of table 11, ending at --lr-end."""
-    config = TrainConfig(RunOptions(Path("r")), GPTOptions(), Path("c"), lr=1.0, lr_end=0.1, warmup_steps=4,
+    config = TrainConfig(RunOptions(Path("r")), GPTOptions(), Path("c"), ObjectiveOptions(), lr=1.0, lr_end=0.1, warmup_steps=4,
                          lr_schedule="cosine")
     assert learning_rate(config, 0, 100) == 0.25 and learning_rate(config, 4, 100) == 1.0
     assert learning_rate(config, 100, 100) == pytest.approx(0.1)

@@ -7,6 +7,7 @@ number of processes; an interrupted extraction carries on with the missing rows.
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -120,9 +121,11 @@ class CodeDataset(Dataset):
     The crop of image i in epoch e comes from (seed, e, i) alone.
     """
 
-    def __init__(self, folder: str | Path, seed: int = 0) -> None:
+    def __init__(self, folder: str | Path, seed: int = 0,
+                 transform: Callable[[np.ndarray], np.ndarray] | None = None) -> None:
+        """transform: codes [B, C, N] -> the codes that the GPT sees [B, C', N], as `CodeMap.apply`."""
         folder = Path(folder)
-        self.seed = seed
+        self.seed, self.transform = seed, transform
         self.codes = np.load(folder / "codes.npy", mmap_mode="r")
         self.rows = np.flatnonzero(np.load(folder / "state.npy") == DONE)
         self.labels = np.load(folder / "labels.npy")
@@ -136,7 +139,10 @@ class CodeDataset(Dataset):
         rows = self.rows[indices]
         # A counter-based hash instead of a generator an item: this runs for every image of every step.
         crops = _mix(epochs + self.seed * 1_000_003, indices) % self.codes.shape[1]
-        return torch.from_numpy(self.codes[rows, crops].astype(np.int64)), torch.from_numpy(self.labels[rows])
+        codes = self.codes[rows, crops].astype(np.int64)
+        if self.transform is not None:
+            codes = self.transform(codes)
+        return torch.from_numpy(np.ascontiguousarray(codes)), torch.from_numpy(self.labels[rows])
 
 
 def _mix(a: np.ndarray, b: np.ndarray) -> np.ndarray:

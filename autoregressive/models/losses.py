@@ -1,11 +1,34 @@
-"""Training objectives on logits: the weighted sum over streams of equation 14."""
+"""Training objectives on logits: equation 14's weighted sum over streams, and IAR's cluster-oriented cross-entropy."""
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.config import UserError
+
 STREAMS = {1: ("token",), 2: ("semantic", "detail")}
 """Names of the code streams by their number, for logs and figures."""
+
+
+@dataclass
+class ObjectiveOptions:
+    """What a GPT is trained for."""
+
+    semantic_weight: float = 1.0
+    """λ_s of equation 14."""
+    cluster_weight: float = 0.0
+    """λ of IAR's cluster cross-entropy (paper 1.0); 0: off."""
+    cluster_size: int = 128
+    """Consecutive codes that make a cluster (IAR)."""
+
+
+def check_objective(options: ObjectiveOptions, codebook_sizes: list[int]) -> None:
+    """Raise UserError for clusters that do not divide the codebook."""
+    if options.cluster_weight and (options.cluster_size < 1 or any(size % options.cluster_size for size in codebook_sizes)):
+        raise UserError(f"--cluster-size {options.cluster_size} does not divide the codebooks {list(codebook_sizes)}: give the "
+                        "size that rearrange.py made.")
 
 
 def stream_losses(logits: list[Tensor], codes: Tensor, weights: tuple[float, ...]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -19,3 +42,28 @@ def stream_losses(logits: list[Tensor], codes: Tensor, weights: tuple[float, ...
     total = torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)]).sum()
     names = STREAMS[len(losses)]
     return total, {"loss": total.detach()} | {f"loss_{name}": loss.detach() for name, loss in zip(names, losses)}
+
+
+def cluster_loss(logits: Tensor, codes: Tensor, cluster_size: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """IAR's cross-entropy of the cluster, whose probability is the sum of its members' (IAR2 paper, section 3.3).
+
+    logits: [B, N, K], clusters are consecutive codes; codes: [B, N].  Returns the mean over cells in nats, and
+    detached the loss and the accuracy of the likeliest cluster.
+    """
+    clusters = logits.float().unflatten(-1, (-1, cluster_size)).logsumexp(-1).flatten(0, 1)  # [B N, K / cluster_size]
+    target = (codes // cluster_size).flatten()
+    loss = F.cross_entropy(clusters, target)
+    accuracy = (clusters.argmax(-1) == target).float().mean()
+    return loss, {"loss_cluster": loss.detach(), "cluster_accuracy": accuracy.detach()}
+
+
+def objective(logits: list[Tensor], codes: Tensor, options: ObjectiveOptions) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss that training minimises: logits C x [B, N, K_c], codes [B, C, N] -> scalar, and its detached parts."""
+    weights = (options.semantic_weight if len(logits) > 1 else 1.0,) + (1.0,) * (len(logits) - 1)
+    total, parts = stream_losses(logits, codes, weights)
+    if options.cluster_weight:
+        for stream, target in zip(logits, codes.unbind(1), strict=True):
+            extra, terms = cluster_loss(stream, target, options.cluster_size)
+            total, parts = total + options.cluster_weight * extra, parts | terms
+        parts["loss"] = total.detach()
+    return total, parts

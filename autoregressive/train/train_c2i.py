@@ -28,9 +28,11 @@ from torch.utils.data import DataLoader
 
 from autoregressive.models.generate import sampling_preset
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
-from autoregressive.models.losses import stream_losses
+from autoregressive.models.losses import ObjectiveOptions, check_objective, objective
+from autoregressive.models.paradigms import PARADIGMS
 from utils.batches import GlobalBatches
 from utils.checkpoint import export, initialise_optimizer
+from utils.code_map import CodeMap, load_code_map
 from utils.code_shards import CodeDataset, CodeHeader, as_batch, read_header, require_fit
 from utils.config import UserError, parse, run_main, to_dict
 from utils.distributed import (
@@ -61,8 +63,14 @@ class GPTOptions:
     """Pixels a grid cell covers along one axis."""
     num_classes: int = 1000
     """Classes of the data set."""
-    codebook_sizes: tuple[int, ...] = (256, 4096)
-    """Codes of the semantic and the detail codebook."""
+    codebook_sizes: tuple[int, ...] = ()
+    """Codes of each codebook; empty: those of the codes in --code-path (after --code-map)."""
+    paradigm: Literal["auto", "single", "alternating", "grouped", "independent", "hierarchical", "fine"] = "auto"
+    """Prediction paradigm (table 5); auto: single for one codebook, hierarchical for two; fine: CTF's second stage."""
+    context: Literal["compressed", "concatenated", "none"] = "compressed"
+    """Local context of the hierarchical head (table 6)."""
+    head_layers: int = 0
+    """Layers of the hierarchical head; 0: the size's own."""
     window_size: int = 5
     """Side K of the head's local window (equation 15)."""
     rotary: Literal["grid", "repeated"] = "grid"
@@ -83,6 +91,9 @@ class TrainConfig:
     gpt: GPTOptions
     code_path: Path
     """Folder written by extract_codes_c2i.py."""
+    objective: ObjectiveOptions
+    code_map: str = ""
+    """Code map written by rearrange.py, applied while reading: IAR's new order, CTF's coarse or (coarse, fine) labels."""
     epochs: float = 300
     """Passes over the data, unless --steps is given."""
     steps: int = 0
@@ -99,8 +110,6 @@ class TrainConfig:
     """Schedule after warm-up."""
     warmup_steps: int = 0
     """Steps of linear warm-up."""
-    semantic_weight: float = 1.0
-    """λ_s of equation 14."""
     weight_decay: float = 0.05
     """Decay of matrices and embeddings, not of norms and biases."""
     beta1: float = 0.9
@@ -127,33 +136,49 @@ class TrainConfig:
     """Print the resolved options, parameters and estimated memory, and exit."""
 
 
-# Table 11.  AdamW (0.9, 0.95), weight decay 0.05, clip 1.0 for all.  The paper's last column of both grids is XXL; the
-# larger sizes of the table of models have no row and take XXL's.  Published FID in generate.CFG_RANGES.
+# AdamW (0.9, 0.95), weight decay 0.05, clip 1.0 for all.  Two codebooks: table 11; the larger sizes of the table of models
+# have no row and take XXL's.  One codebook: LlamaGen's training, which IAR and CTF follow; 50 epochs of XL and XXL at 256
+# pixels as in table 3.  Published FID in generate.CFG_RANGES.
 _COLUMNS = ("global_batch_size", "lr", "lr_end", "lr_schedule", "epochs", "semantic_weight", "data_parallel")
-RECIPES: dict[tuple[str, int], dict[str, Any]] = {
+RECIPES: dict[tuple[int, str, int], dict[str, Any]] = {
     key: dict(zip(_COLUMNS, row, strict=True)) for key, row in {
-        #                   batch  lr      lr_end  schedule    epochs λ_s  parallel
-        ("GPT-B", 256):    (256, 1.0e-4, 1.0e-4, "constant", 300, 2.0, "fsdp"),
-        ("GPT-L", 256):    (256, 1.0e-4, 1.0e-4, "constant", 300, 1.0, "fsdp"),
-        ("GPT-XL", 256):   (256, 1.5e-4, 5.0e-5, "cosine",    50, 1.0, "ddp"),
-        ("GPT-XXL", 256):  (256, 1.5e-4, 5.0e-5, "cosine",    50, 1.0, "fsdp"),  # table: no FSDP; 80 GB fit it, 40 do not
-        ("GPT-B", 576):    (256, 1.0e-4, 1.0e-4, "constant", 300, 2.0, "fsdp"),
-        ("GPT-L", 576):    (256, 1.0e-4, 1.0e-4, "constant", 300, 1.0, "fsdp"),
-        ("GPT-XL", 576):   (256, 1.5e-4, 5.0e-5, "cosine",   300, 1.0, "ddp"),
-        ("GPT-XXL", 576):  (512, 3.0e-4, 1.0e-4, "cosine",   300, 1.5, "fsdp"),
+        # codebooks, size, cells  batch  lr      lr_end  schedule    epochs λ_s  parallel
+        (2, "GPT-B", 256):       (256, 1.0e-4, 1.0e-4, "constant", 300, 2.0, "fsdp"),
+        (2, "GPT-L", 256):       (256, 1.0e-4, 1.0e-4, "constant", 300, 1.0, "fsdp"),
+        (2, "GPT-XL", 256):      (256, 1.5e-4, 5.0e-5, "cosine",    50, 1.0, "ddp"),
+        (2, "GPT-XXL", 256):     (256, 1.5e-4, 5.0e-5, "cosine",    50, 1.0, "fsdp"),  # table: none; 40 GB do not fit it
+        (2, "GPT-B", 576):       (256, 1.0e-4, 1.0e-4, "constant", 300, 2.0, "fsdp"),
+        (2, "GPT-L", 576):       (256, 1.0e-4, 1.0e-4, "constant", 300, 1.0, "fsdp"),
+        (2, "GPT-XL", 576):      (256, 1.5e-4, 5.0e-5, "cosine",   300, 1.0, "ddp"),
+        (2, "GPT-XXL", 576):     (512, 3.0e-4, 1.0e-4, "cosine",   300, 1.5, "fsdp"),
+        (1, "GPT-B", 256):       (256, 1.0e-4, 1.0e-4, "constant", 300, 1.0, "ddp"),
+        (1, "GPT-L", 256):       (256, 1.0e-4, 1.0e-4, "constant", 300, 1.0, "ddp"),
+        (1, "GPT-XL", 256):      (256, 1.0e-4, 1.0e-4, "constant",  50, 1.0, "ddp"),
+        (1, "GPT-XXL", 256):     (256, 1.0e-4, 1.0e-4, "constant",  50, 1.0, "fsdp"),
+        (1, "GPT-B", 576):       (256, 1.0e-4, 1.0e-4, "constant", 300, 1.0, "ddp"),
+        (1, "GPT-L", 576):       (256, 1.0e-4, 1.0e-4, "constant", 300, 1.0, "ddp"),
+        (1, "GPT-XL", 576):      (256, 1.0e-4, 1.0e-4, "constant", 300, 1.0, "ddp"),
+        (1, "GPT-XXL", 576):     (256, 1.0e-4, 1.0e-4, "constant", 300, 1.0, "fsdp"),
     }.items()
 }
 
 
 def recipe(config: TrainConfig) -> dict[str, Any]:
-    """Table 11's row for the size and token count that the command line names, or nothing."""
+    """The row for the codebooks, size and cells that the command line names, or nothing."""
     tokens = (config.gpt.image_size // config.gpt.downsample_size) ** 2
     name = "GPT-XXL" if config.gpt.gpt_model in ("GPT-3B", "GPT-XXXL") else config.gpt.gpt_model
-    return RECIPES.get((name, tokens), {})
+    return RECIPES.get((len(known_codebooks(config)), name, tokens), {})
 
 
-def gpt_config(options: GPTOptions) -> GPTConfig:
-    """The model that the options describe; raises UserError for values that fit no model."""
+def known_codebooks(config: TrainConfig) -> tuple[int, ...]:
+    """Codebook sizes from the command line or the codes; IAR2's where neither says them (a dry run)."""
+    if config.gpt.codebook_sizes or not (config.code_path / "header.json").exists():
+        return config.gpt.codebook_sizes or (256, 4096)
+    return tuple(open_codes(config)[0].codebook_sizes)
+
+
+def gpt_config(options: GPTOptions, codebook_sizes: tuple[int, ...]) -> GPTConfig:
+    """The model that the options describe, for codes of the given codebooks; raises UserError for values that fit none."""
     if options.gpt_model not in GPT_models:
         raise UserError(f"--gpt-model {options.gpt_model} is unknown: choose one of {', '.join(GPT_models)}.")
     if options.image_size % options.downsample_size:
@@ -161,22 +186,37 @@ def gpt_config(options: GPTOptions) -> GPTConfig:
                         f"{options.downsample_size}.")
     if options.window_size < 3 or options.window_size % 2 == 0:
         raise UserError(f"--window-size {options.window_size} must be odd and at least 3.")
+    paradigm = options.paradigm
+    if paradigm == "auto":
+        paradigm = "single" if len(codebook_sizes) == 1 else "hierarchical"
+    if PARADIGMS[paradigm][1] != len(codebook_sizes):
+        raise UserError(f"--paradigm {paradigm} predicts {PARADIGMS[paradigm][1]} codes a cell but there are "
+                        f"{len(codebook_sizes)} codebooks, {codebook_sizes}: choose a paradigm or codes that fit.")
+    shape = GPT_models[options.gpt_model] | ({"head_layers": options.head_layers} if options.head_layers else {})
     return GPTConfig(
-        **GPT_models[options.gpt_model], num_classes=options.num_classes, codebook_sizes=options.codebook_sizes,
-        grid_size=options.image_size // options.downsample_size, window_size=options.window_size,
+        **shape, num_classes=options.num_classes, codebook_sizes=codebook_sizes, paradigm=paradigm,
+        context=options.context, grid_size=options.image_size // options.downsample_size, window_size=options.window_size,
         token_dropout=options.dropout, resid_dropout=options.dropout, ffn_dropout=options.dropout,
         class_dropout=options.class_dropout, rotary=options.rotary, head_rotary=options.head_rotary)
 
 
-def check_codes(config: TrainConfig, model: GPTConfig) -> CodeHeader:
-    """The codes' header, refused when it does not fit the model."""
+def open_codes(config: TrainConfig) -> tuple[CodeHeader, CodeMap | None]:
+    """The header of the codes as the GPT will see them, and the map that makes them so."""
     header = read_header(config.code_path)
+    if not config.code_map:
+        return header, None
+    code_map = load_code_map(config.code_map)
+    return code_map.header(header, f"--code-map {config.code_map}"), code_map
+
+
+def check_codes(config: TrainConfig, model: GPTConfig, header: CodeHeader) -> None:
+    """Refuse codes whose header does not fit the model."""
+    wanted = list(config.gpt.codebook_sizes or header.codebook_sizes)
     require_fit(header, config.code_path, {
-        "codebook_sizes": (list(model.codebook_sizes), "--codebook-sizes"),
+        "codebook_sizes": (wanted, "--codebook-sizes"),
         "grid_size": (model.grid_size, f"--image-size {config.gpt.image_size} / {config.gpt.downsample_size}"),
         "num_classes": (model.num_classes, "--num-classes"),
     })
-    return header
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
@@ -246,13 +286,12 @@ def train_step(training: Training, loader, accumulation: int, config: TrainConfi
     """One optimizer step over `accumulation` micro-batches (equation 14)."""
     device = run.processes.device
     sharded = config.data_parallel in ("fsdp", "hsdp")  # FSDP2 casts parameters itself
-    weights = (config.semantic_weight,) + (1.0,) * (len(training.gpt.config.codebook_sizes) - 1)
     for micro in range(accumulation):
         codes, labels = (t.to(device, non_blocking=True) for t in next(loader))
         synchronize_gradients(training.model, last=micro == accumulation - 1)
         with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config, device) and not sharded):
             logits = training.model(labels, codes)
-            loss, parts = stream_losses(logits, codes, weights)
+            loss, parts = objective(logits, training.gpt.paradigm.targets(codes), config.objective)
         (loss / accumulation).backward()
         run.metrics.add(parts)
     norm = full_tensor(nn.utils.clip_grad_norm_(training.model.parameters(), config.max_grad_norm))
@@ -264,9 +303,10 @@ def train_step(training: Training, loader, accumulation: int, config: TrainConfi
     run.metrics.add({"gradient_norm": norm})
 
 
-def describe(config: TrainConfig, model: GPTConfig, header: CodeHeader) -> dict[str, Any]:
+def describe(config: TrainConfig, model: GPTConfig, header: CodeHeader, code_map: CodeMap | None) -> dict[str, Any]:
     """All that sampling needs to know about the GPT beside its weights."""
-    return {"model": to_dict(model), "gpt_model": config.gpt.gpt_model, "tokenizer": header.tokenizer,
+    coarse = {"coarse": code_map.coarse, "coarse_of": code_map.table[:, 0].tolist()} if code_map and code_map.coarse else {}
+    return coarse | {"model": to_dict(model), "gpt_model": config.gpt.gpt_model, "tokenizer": header.tokenizer,
             "image_size": header.image_size, "ema": config.ema_decay,
             "sampling": sampling_preset(config.gpt.gpt_model, len(model.codebook_sizes), model.grid_size)}
 
@@ -281,14 +321,16 @@ def export_gpt(training: Training, run: Run, step: int) -> None:
 
 def train(config: TrainConfig, processes: Processes) -> None:
     """Train to the end, resuming where an earlier run of the same folder stopped."""
-    model_config = gpt_config(config.gpt)
-    header = check_codes(config, model_config)
+    header, code_map = open_codes(config)
+    model_config = gpt_config(config.gpt, tuple(header.codebook_sizes))
+    check_codes(config, model_config, header)
+    check_objective(config.objective, header.codebook_sizes)
     micro, accumulation = split_batch(config.global_batch_size, config.micro_batch_size, processes.world_size)
-    dataset = CodeDataset(config.code_path, config.run.seed)
+    dataset = CodeDataset(config.code_path, config.run.seed, code_map.apply if code_map else None)
     probe = GlobalBatches(len(dataset), config.global_batch_size, micro, 0, 1, 0, 0, 0)
     total_steps = config.steps or int(config.epochs * probe.steps_per_epoch)
     run = Run(config.run, {"model": to_dict(model_config) | {"tokenizer": header.tokenizer}, "options": to_dict(config),
-                           "export": describe(config, model_config, header)}, processes, total_steps)
+                           "export": describe(config, model_config, header, code_map)}, processes, total_steps)
     training = set_up(config, model_config, processes)
     log.info("%s: %.1fM parameters, %d steps of %d images, %s on %d processes", config.gpt.gpt_model,
              sum(p.numel() for p in training.gpt.parameters()) / 1e6, total_steps, config.global_batch_size,
@@ -317,7 +359,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
 
 def print_dry_run(config: TrainConfig, processes: Processes) -> None:
     """Resolved options, parameter count and an estimate of memory per device."""
-    model_config = gpt_config(config.gpt)
+    model_config = gpt_config(config.gpt, known_codebooks(config))
     with torch.device("meta"):
         parameters = sum(p.numel() for p in GPT(model_config).parameters())
     micro, accumulation = split_batch(config.global_batch_size, config.micro_batch_size, processes.world_size)

@@ -105,8 +105,51 @@ class SemanticDetailQuantizer(VectorQuantizer):
     """IAR2's associated dual codebook: semantic, then the detail of the residual (equations 5 and 6)."""
 
 
+class ProductQuantizer(VectorQuantizer):
+    """Unassociated dual codebook (table 7): each half of the channels has a codebook of its own, and no residual."""
+
+    def __init__(self, codebook_sizes: tuple[int, ...], code_dim: int, beta: float) -> None:
+        super().__init__(codebook_sizes, code_dim, beta)
+        self.code_dim, part = code_dim, code_dim // len(codebook_sizes)
+        self.codebooks = nn.ParameterList(F.normalize(torch.randn(size, part), dim=-1) for size in codebook_sizes)
+
+    def table(self, stream: int) -> Tensor:
+        """The codebook of a stream as it is used, L2-normalised [K, d / C]."""
+        return F.normalize(self.codebooks[stream].float(), dim=-1)
+
+    def residuals(self, latents: Tensor, stream: int) -> Tensor:
+        """What the codebook of `stream` quantizes: its part of latents [B, d, h, w], normalised -> [B h w, d / C]."""
+        part = latents.float().chunk(len(self.codebooks), dim=1)[stream]
+        return F.normalize(part.movedim(1, -1).flatten(0, 2), dim=-1)
+
+    def forward(self, latents: Tensor, streams: Streams = "all", freeze_semantic: bool = False) -> Quantized:
+        """Quantize each part of encoder outputs [B, d, h, w] by itself; freeze_semantic as in `VectorQuantizer`."""
+        grid, chosen, losses, parts = (latents.shape[0], *latents.shape[2:]), [], [], []
+        with torch.autocast(latents.device.type, enabled=False):
+            for stream in range(self.streams(streams)):
+                e, table = self.residuals(latents, stream), self.table(stream)
+                table = table.detach() if stream == 0 and freeze_semantic else table
+                chosen.append(nearest(e.detach(), table.detach()))
+                quantized = F.embedding(chosen[-1], table)
+                losses.append((F.mse_loss(quantized, e.detach()), self.beta * F.mse_loss(e, quantized.detach())))
+                parts.append((e + (quantized - e).detach()).unflatten(0, grid).movedim(-1, 1))
+        codes = torch.stack(chosen).unflatten(1, grid).movedim(0, 1)               # [B, C', h, w]
+        codebook_loss, commitment_loss = (torch.stack(terms).mean() for terms in zip(*losses))
+        return Quantized(self._join(parts), codes, codebook_loss, commitment_loss)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Codes [B, C', h, w] of the first C' streams -> latents [B, d, h, w], zero where a stream is left out."""
+        return self._join([F.embedding(stream, self.table(index)).movedim(-1, 1)
+                           for index, stream in enumerate(codes.unbind(1))])
+
+    def _join(self, parts: list[Tensor]) -> Tensor:
+        joined = torch.cat(parts, dim=1)
+        return F.pad(joined, (0, 0, 0, 0, 0, self.code_dim - joined.shape[1]))
+
+
 QUANTIZERS: dict[str, tuple[type[VectorQuantizer], int]] = {
     # name: (class, number of codebooks)
     "single": (VectorQuantizer, 1),
     "dual": (SemanticDetailQuantizer, 2),
+    "product": (ProductQuantizer, 2),
 }

@@ -34,7 +34,7 @@ from tokenizer.tokenizer_image.codebook import (
 from tokenizer.tokenizer_image.discriminator import PatchGAN
 from tokenizer.tokenizer_image.evaluate import evaluate_tokenizer, reconstruction_grid
 from tokenizer.tokenizer_image.perceptual import PerceptualNet, build_perceptual
-from tokenizer.tokenizer_image.quantizer import Quantized
+from tokenizer.tokenizer_image.quantizer import QUANTIZERS, Quantized
 from tokenizer.tokenizer_image.vq_loss import RECIPES, TokenizerLoss
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel, build_tokenizer
 from utils.batches import GlobalBatches, ImageOptions, train_loader
@@ -57,13 +57,15 @@ class VQTrainConfig:
     run: RunOptions
     images: ImageOptions
     stage: Literal["semantic", "dual", "single"] = "semantic"
-    """Stage 1, stage 2, or a single codebook (LlamaGen)."""
+    """Stage 1, stage 2, or a single stage for all codebooks at once (LlamaGen)."""
+    quantizer: Literal["auto", "single", "dual", "product"] = "auto"
+    """auto: single for --stage single, dual for the others; product: the unassociated dual codebook of table 7."""
     recipe: Literal["paper", "released"] = "paper"
     """Whose loss terms: equations 7 to 10 as printed, or those of the released code."""
     vq_model: str = "VQ-16"
     """Preset of the autoencoder: VQ-16, VQ-8, VQ-8-small, VQ-4-small."""
     codebook_sizes: tuple[int, ...] = ()
-    """Codes of each codebook; empty: 256 4096, or 16384 for --stage single."""
+    """Codes of each codebook; empty: 256 4096, or 16384 for a single one."""
     code_dim: int = 8
     """Dimension of a code."""
     beta: float = 0.25
@@ -154,13 +156,19 @@ def build(config: VQTrainConfig, processes: Processes) -> tuple[VQModel, Tokeniz
     """The tokenizer, started from --init-from where given, and its losses."""
     if config.vq_model not in VQ_models:
         raise UserError(f"--vq-model {config.vq_model} is unknown: choose one of {', '.join(VQ_models)}.")
-    sizes = config.codebook_sizes or ((16384,) if config.stage == "single" else (256, 4096))
-    wanted = 1 if config.stage == "single" else 2
+    quantizer = config.quantizer
+    if quantizer == "auto":
+        quantizer = "single" if config.stage == "single" else "dual"
+    if (quantizer == "dual") == (config.stage == "single"):
+        raise UserError(f"--quantizer {quantizer} does not go with --stage {config.stage}: the semantic-detail quantizer has "
+                        "stages semantic and dual, the others have --stage single.")
+    wanted = QUANTIZERS[quantizer][1]
+    sizes = config.codebook_sizes or ((16384,) if wanted == 1 else (256, 4096))
     if len(sizes) != wanted:
-        raise UserError(f"--codebook-sizes has {len(sizes)} values but --stage {config.stage} needs {wanted}.")
+        raise UserError(f"--codebook-sizes has {len(sizes)} values but --quantizer {quantizer} needs {wanted}.")
     torch.manual_seed(config.run.seed)
-    model = build_tokenizer(config.vq_model, quantizer="single" if wanted == 1 else "dual", codebook_sizes=tuple(sizes),
-                            code_dim=config.code_dim, beta=config.beta)
+    model = build_tokenizer(config.vq_model, quantizer=quantizer, codebook_sizes=tuple(sizes), code_dim=config.code_dim,
+                            beta=config.beta)
     if config.images.image_size % model.config.downsampling:
         raise UserError(f"--image-size {config.images.image_size} is not a multiple of {model.config.downsampling}, the "
                         f"downsampling of {config.vq_model}.")
@@ -189,17 +197,18 @@ def open_datasets(config: VQTrainConfig) -> tuple[ImageDataset, ImageDataset]:
 
 @torch.no_grad()
 def introduce_codebook(model: VQModel, dataset: ImageDataset, config: VQTrainConfig, processes: Processes) -> None:
-    """k-means start of the codebook that this stage adds: on whitened latents (stage 1) or on residuals (stage 2)."""
+    """k-means start of the codebooks that this stage adds: on whitened latents, or on residuals (stage 2)."""
     per_image = (config.images.image_size // model.config.downsampling) ** 2
     count = min(len(dataset), -(-config.kmeans_vectors // per_image))
     rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.run.seed))[:count].tolist()
     encoded = torch.cat([model.encoder(torch.stack([dataset[(0, row)][0] for row in rows[first : first + 64]])
                                        .to(processes.device)) for first in range(0, count, 64)])
-    stream = 1 if config.stage == "dual" else 0
-    if stream == 0 and not config.init_from:
+    if config.stage != "dual" and not config.init_from:
         whiten_projection(model.quant_conv, encoded, processes)
-    vectors = model.quantizer.residuals(model.quant_conv(encoded), stream)
-    initialise_codebook(model.quantizer, stream, vectors, config.run.seed, processes)
+    introduced = {"semantic": [0], "dual": [1], "single": range(len(model.config.codebook_sizes))}
+    for stream in introduced[config.stage]:
+        vectors = model.quantizer.residuals(model.quant_conv(encoded), stream)
+        initialise_codebook(model.quantizer, stream, vectors, config.run.seed, processes)
 
 
 def learning_rate(config: VQTrainConfig, step: int, total_steps: int) -> float:
