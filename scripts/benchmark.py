@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py decode      ms a cell, tokens/s, images/s
     python scripts/benchmark.py train       ms a forward and backward pass, tokens/s
+    python scripts/benchmark.py evaluate    seconds of each of the evaluator's phases on random features
 
 Prints JSON.  `ratio` is our time over the published structure's (`published_structure.py`), both measured in turn in one
 run, the least of `--repeats`: noise only ever adds time.  `fraction_of_floor` is the time that the
@@ -30,6 +31,7 @@ from autoregressive.models.generate import Sampler, SamplingOptions, decode_step
 from autoregressive.models.gpt import GPT, GPT_models, build_gpt
 from autoregressive.models.losses import stream_losses
 from autoregressive.models.packing import packed_linears
+from evaluations.c2i.metrics import feature_statistics, frechet_distance, inception_score, precision_recall
 from scripts import published_structure
 from utils.config import UserError, parse, run_main
 from utils.distributed import setup
@@ -39,7 +41,7 @@ from utils.distributed import setup
 class BenchmarkConfig:
     """Options of a benchmark."""
 
-    task: tyro.conf.Positional[Literal["decode", "train"]]
+    task: tyro.conf.Positional[Literal["decode", "train", "evaluate"]]
     """What to time."""
     gpt_model: str = "GPT-B"
     """Size."""
@@ -77,7 +79,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 def in_turn(timers: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
     """The least that each timer returns, called in turn after one round to warm up."""
     rounds = [{name: timer() for name, timer in timers.items()} for _ in range(repeats + 1)]
-    return {name: min(taken[name] for taken in rounds[1:]) for name in timers}
+    return {name: min(taken[name] for taken in rounds[1:] or rounds) for name in timers}
 
 
 def machine_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -171,6 +173,19 @@ def benchmark_train(config: BenchmarkConfig, gpt: GPT, device: torch.device, rat
             "batch_size": batch, "fraction_of_floor": floor / taken["ours"], **compare(taken, "ms_per_step")}
 
 
+def benchmark_evaluate(config: BenchmarkConfig, device: torch.device) -> dict:
+    """The evaluator's phases after the network, on 10,000 random rows (the inception score: 50,000)."""
+    generator = torch.Generator().manual_seed(0)
+    real, fake = (torch.randn(10_000, 2048, generator=generator).square() for _ in range(2))
+    probabilities = torch.randn(50_000, 1008, generator=generator).softmax(-1)
+    statistics = *feature_statistics(real), *feature_statistics(fake)
+    return in_turn({
+        "mean_and_covariance": lambda: seconds(lambda: feature_statistics(real), device),
+        "frechet_distance": lambda: seconds(lambda: frechet_distance(*statistics), device),
+        "precision_recall": lambda: seconds(lambda: precision_recall(real, fake, device=device), device),
+        "inception_score": lambda: seconds(lambda: inception_score(probabilities), device)}, max(config.repeats, 1) - 1)
+
+
 def peak_memory(device: torch.device) -> float:
     """Peak GiB of the device, or of this process on a CPU."""
     if device.type == "cuda":
@@ -185,11 +200,12 @@ def main() -> None:
     device = processes.device
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     rates = machine_rates(device, torch.bfloat16 if bf16 else torch.float32)
-    gpt = make_gpt(config, device)
-    if config.task == "decode":
-        figures = benchmark_decode(config, gpt.to(torch.bfloat16) if bf16 else gpt, device, rates)
+    if config.task == "evaluate":
+        figures = benchmark_evaluate(config, device)
+    elif config.task == "decode":
+        figures = benchmark_decode(config, make_gpt(config, device).to(torch.bfloat16 if bf16 else torch.float32), device, rates)
     else:
-        figures = benchmark_train(config, gpt, device, rates, bf16)
+        figures = benchmark_train(config, make_gpt(config, device), device, rates, bf16)
     about = {"task": config.task, "gpt_model": config.gpt_model, "paradigm": config.paradigm, "device": str(device),
              "precision": "bf16" if bf16 else "float32", "threads": torch.get_num_threads(), "torch": torch.__version__}
     print(json.dumps(about | figures | {"peak_memory_gib": peak_memory(device), "machine": rates}, indent=1))

@@ -1,0 +1,108 @@
+"""Likelihood of a GPT on held-out codes: nats a code for every stream, and bits an image.
+
+The streams' cross-entropies add up to the code length of an image's codes, whatever the paradigm.  CTF's is the sum of
+its two stages', each evaluated with its own code map.  Bits of two tokenizers compare only beside what each tokenizer
+keeps of an image.
+"""
+
+import json
+import logging
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from autoregressive.models.gpt import GPT
+from autoregressive.models.losses import STREAMS
+from utils.checkpoint import load_gpt
+from utils.code_map import load_code_map
+from utils.code_shards import CodeDataset, read_header, require_fit
+from utils.config import UserError, check_writable, parse, run_main
+from utils.distributed import Processes, all_reduce_sum, setup
+from utils.run import set_up_logging
+
+log = logging.getLogger("evaluate_c2i")
+
+
+@dataclass
+class EvaluateConfig:
+    """Options of the evaluation."""
+
+    gpt_ckpt: Path
+    """gpt.safetensors, the run folder that holds it, or a training checkpoint step-*."""
+    code_path: Path
+    """Held-out codes, written by extract_codes_c2i.py."""
+    code_map: str = ""
+    """The code map the GPT was trained with."""
+    out: Path | None = None
+    """JSON to write."""
+    batch_size: int = 64
+    """Images a process takes at once."""
+    device: str = "auto"
+    """auto, cuda or cpu."""
+
+
+def open_codes(config: EvaluateConfig, gpt: GPT) -> CodeDataset:
+    """The codes as the GPT sees them; raises UserError when they are of another tokenizer or shape."""
+    header, code_map = read_header(config.code_path), None
+    if config.code_map:
+        code_map = load_code_map(config.code_map)
+        header = code_map.header(header, f"--code-map {config.code_map}")
+    option = f"--gpt-ckpt {config.gpt_ckpt}"
+    require_fit(header, config.code_path, {
+        "codebook_sizes": (list(gpt.config.codebook_sizes), option), "grid_size": (gpt.config.grid_size, option),
+        "num_classes": (gpt.config.num_classes, option)})
+    if gpt.extra["tokenizer"] not in ("", header.tokenizer):
+        raise UserError(f"--code-path {config.code_path} has codes of {header.tokenizer} but {option} was trained on those of "
+                        f"{gpt.extra['tokenizer']}: give codes of the same tokenizer, or the --code-map of the training.")
+    return CodeDataset(config.code_path, transform=code_map.apply if code_map else None)
+
+
+@torch.inference_mode()
+def stream_nats(gpt: GPT, labels: Tensor, codes: Tensor) -> Tensor:
+    """Sums over cells of the cross-entropy: labels [B], codes [B, C, N] -> [B, C'] nats of the predicted streams."""
+    logits, targets = gpt(labels, codes), gpt.paradigm.targets(codes)
+    return torch.stack([F.cross_entropy(stream.float().transpose(1, 2), target, reduction="none").sum(1)
+                        for stream, target in zip(logits, targets.unbind(1), strict=True)], dim=1)
+
+
+def evaluate(gpt: GPT, dataset: CodeDataset, batch_size: int, processes: Processes) -> dict[str, float]:
+    """Figures over all images: nats_NAME a code for each stream, bits_per_image, images."""
+    rows = range(processes.rank, len(dataset), processes.world_size)
+    sums = torch.zeros(len(gpt.paradigm.outputs) + 1, dtype=torch.float64, device=processes.device)  # nats, images
+    for first in tqdm(range(0, len(rows), batch_size), desc="evaluate", unit="batches", disable=not processes.is_main):
+        codes, labels = dataset.__getitems__([(0, row) for row in rows[first : first + batch_size]])
+        nats = stream_nats(gpt, labels.to(processes.device), codes.to(processes.device))
+        sums = sums + torch.cat([nats.double().sum(0), torch.tensor([len(nats)], device=nats.device)])
+    *nats, count = all_reduce_sum(sums, processes).tolist()
+    figures = {f"nats_{name}": value / count / gpt.config.cells for name, value in zip(STREAMS[len(nats)], nats, strict=True)}
+    return figures | {"bits_per_image": sum(nats) / count / math.log(2), "images": int(count)}
+
+
+def main() -> None:
+    """Parse options, evaluate, print and write the figures."""
+    config = parse(EvaluateConfig)
+    processes = setup(config.device)
+    set_up_logging(processes)
+    if config.out is not None:
+        check_writable(config.out.parent, "--out")
+    gpt = load_gpt(config.gpt_ckpt, processes.device)
+    figures = evaluate(gpt, open_codes(config, gpt), config.batch_size, processes)
+    if processes.is_main:
+        for name, value in figures.items():
+            print(f"{name:18} {value:.4f}")
+        if config.out is not None:
+            config.out.write_text(json.dumps(figures, indent=1))
+    processes.close()
+
+
+if __name__ == "__main__":
+    run_main(main)
