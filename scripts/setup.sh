@@ -8,7 +8,7 @@ has_requirements() {
 import sys
 assert sys.version_info >= (3, 11)
 import lpips, matplotlib, numpy, PIL, pytest, safetensors, scipy, skimage, sklearn, tensorboard, torch, torch_fidelity
-import torchvision, tqdm, tyro
+import timm, torchvision, tqdm, tyro
 assert tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
 CHECK
 }

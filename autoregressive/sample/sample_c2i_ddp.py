@@ -2,7 +2,8 @@
 
 Sample i has label and randomness of its own, whatever the batch size and the number of processes.  Finished batches
 are on disk at once: after a crash the same command draws only what is missing.  The npz holds `arr_0` uint8 NHWC,
-`arr_1` labels and `kind`; it is written without ever holding all images in memory.
+`arr_1` labels and `kind`; it is written without ever holding all images in memory.  With --rejection-ratio the samples
+are those of many candidates that a classifier likes best (`rejection.py`).
 """
 
 import json
@@ -10,6 +11,7 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -20,6 +22,14 @@ from tqdm import tqdm
 from autoregressive.models.ctf import FineOptions
 from autoregressive.models.generate import SamplingOptions
 from autoregressive.sample.pipeline import ModelOptions, Pipeline, carried_options
+from autoregressive.sample.rejection import (
+    Judge,
+    RejectionOptions,
+    candidates_path,
+    check_rejection,
+    keep_best,
+    load_judge,
+)
 from utils.config import UserError, parse, run_main, to_dict
 from utils.distributed import Processes, setup
 from utils.images import image_grid
@@ -36,6 +46,7 @@ class SampleConfig:
     models: ModelOptions
     sampling: SamplingOptions
     fine: FineOptions
+    rejection: RejectionOptions
     out: Path = Path("samples/samples.npz")
     """npz to write."""
     per_class: int = 50
@@ -88,24 +99,52 @@ def preview(images: np.ndarray, path: Path) -> None:
     image_grid(images[: columns * (len(images) // columns)], columns, scale=max(1, 64 // images.shape[1])).save(path)
 
 
-def sample(config: SampleConfig, processes: Processes) -> None:
-    """Draw all samples and write the npz."""
-    pipeline = Pipeline(config.models, config.sampling, config.fine, processes.device)
-    labels = make_labels(config, pipeline.num_classes)
-    shape = len(labels), pipeline.image_size, pipeline.image_size, 3
-    about = identity(config, pipeline)
-    if already_finished(config.out, shape, about):
-        log.info("%s is there already, made by these options", config.out)
-        return
-    store = ImageStore(config.out, shape, about)
+def draw(pipeline: Pipeline, path: Path, labels: np.ndarray, about: dict[str, Any], config: SampleConfig,
+         processes: Processes) -> None:
+    """Draw an image of each label into the npz `path`; about: its identity, `kind` among it."""
+    store = ImageStore(path, (len(labels), pipeline.image_size, pipeline.image_size, 3), about)
     draw_share(pipeline, store, labels, config, processes)
     if not processes.is_main:
         store.close()
     processes.barrier()
     if processes.is_main:
-        count = store.finish(arr_1=labels, kind=np.array("samples"), options=np.array(json.dumps(about)))
+        store.finish(arr_1=labels, kind=np.array(about["kind"]), options=np.array(json.dumps(about)))
+    processes.barrier()
+
+
+def draw_and_select(pipeline: Pipeline, judge: Judge, labels: np.ndarray, about: dict[str, Any], config: SampleConfig,
+                    processes: Processes) -> None:
+    """Draw candidates, or take those that are there, and write the best of them; about: identity of the result."""
+    ratio, out, size = config.rejection.rejection_ratio, config.out, pipeline.image_size
+    if out.with_suffix(".partial").exists():  # of another command: refused now rather than after the drawing
+        ImageStore(out, (len(labels), size, size, 3), about).close()
+    candidates, count = candidates_path(out), ratio * len(labels)
+    drawn = identity(config, pipeline) | {"kind": "candidates", "rejection_ratio": ratio}
+    if not already_finished(candidates, (count, size, size, 3), drawn):
+        draw(pipeline, candidates, np.tile(labels, ratio), drawn, config, processes)
+    log.info("%s: %d candidates; move %s away to select by another --classifier without drawing again",
+             candidates, count, out.name)
+    keep_best(judge, candidates, out, labels, about, config.rejection.classifier_batch_size, processes)
+
+
+def sample(config: SampleConfig, processes: Processes) -> None:
+    """Draw all samples and write the npz."""
+    check_rejection(config.rejection)
+    pipeline = Pipeline(config.models, config.sampling, config.fine, processes.device)
+    labels, ratio = make_labels(config, pipeline.num_classes), config.rejection.rejection_ratio
+    judge = load_judge(config.rejection, pipeline.num_classes) if ratio > 1 else None
+    shape = len(labels), pipeline.image_size, pipeline.image_size, 3
+    about = identity(config, pipeline) | ({"rejection": judge.note(ratio)} if judge else {})
+    if already_finished(config.out, shape, about):
+        log.info("%s is there already, made by these options", config.out)
+        return
+    if judge is None:
+        draw(pipeline, config.out, labels, about, config, processes)
+    else:
+        draw_and_select(pipeline, judge, labels, about, config, processes)
+    if processes.is_main:
         preview(open_array(config.out, "arr_0")[:100], config.out.with_suffix(".png"))
-        log.info("%s: %d samples of %d classes, %dx%d", config.out, count, pipeline.num_classes, *shape[1:3])
+        log.info("%s: %d samples of %d classes, %dx%d", config.out, len(labels), pipeline.num_classes, *shape[1:3])
 
 
 def main() -> None:
