@@ -1,0 +1,120 @@
+"""Loss curves of several runs in one picture, from their metrics.jsonl (the paper's figure 8).
+
+A faint line shows the logged values, a strong one their bias-corrected exponential moving average over logged lines.
+The drawn points are written as JSON beside the picture.
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import tyro
+from matplotlib.figure import Figure
+
+from utils.config import UserError, check_writable, parse, run_main
+
+
+@dataclass
+class PlotConfig:
+    """Options of the plot."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders, each with a metrics.jsonl."""
+    out: Path
+    """Picture to write (png, pdf or svg); its points go beside it as JSON."""
+    metric: str = "loss"
+    """Logged value to draw."""
+    names: tuple[str, ...] = ()
+    """Names in the legend, one a run; empty: the folders' names."""
+    smooth: float = 0.9
+    """Weight of the past in the moving average; 0: none."""
+    log_x: bool = False
+    """Steps on a logarithmic axis."""
+
+
+def smoothed(values: list[float], weight: float) -> list[float]:
+    """Exponential moving average, divided by the weights that have come together so far: no pull towards 0."""
+    average, result = 0.0, []
+    for count, value in enumerate(values, 1):
+        average = weight * average + (1 - weight) * value
+        result.append(average / (1 - weight**count))
+    return result
+
+
+def read_curve(run_dir: Path, metric: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a metric; lines without it, or where it is not finite, are left out.
+
+    Raises UserError when there is no log or no line has the metric.
+    """
+    file = run_dir / "metrics.jsonl"
+    if not file.is_file():
+        raise UserError(f"run folder {run_dir} has no metrics.jsonl: give the --run-dir of a training.")
+    # A run that is still going on may have its last line half written.
+    lines = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+    points = [(line["step"], line[metric]) for line in lines if math.isfinite(line.get(metric, math.nan))]
+    if not points:
+        present = sorted({name for line in lines for name in line} - {"step"})
+        raise UserError(f"--metric {metric} has no finite value in {file}, which logs "
+                        f"{', '.join(present) or 'nothing'}: choose one that it logs.")
+    steps, values = zip(*points)
+    return list(steps), list(values)
+
+
+def legend_names(config: PlotConfig) -> list[str]:
+    """A name for every run; folders that share their name go by their paths."""
+    if config.names:
+        return list(config.names)
+    names = [run_dir.resolve().name for run_dir in config.runs]
+    return names if len(set(names)) == len(names) else [str(run_dir) for run_dir in config.runs]
+
+
+def check(config: PlotConfig) -> None:
+    """Raise UserError for options that do not fit each other."""
+    if not config.runs:
+        raise UserError("no run folder was given: name at least one before the options.")
+    if config.names and len(config.names) != len(config.runs):
+        raise UserError(f"--names has {len(config.names)} names for {len(config.runs)} runs: give one a run, or none.")
+    if not 0 <= config.smooth < 1:
+        raise UserError(f"--smooth {config.smooth} is no weight: give a number from 0 to below 1.")
+    if config.out.suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--out {str(config.out)!r} is not the name of a picture: give one that ends in .png, .pdf or "
+                        ".svg.")
+
+
+def draw(curves: list[dict], config: PlotConfig) -> Figure:
+    """The picture of all curves."""
+    figure = Figure(figsize=(7, 4.5))
+    axis = figure.subplots()
+    for index, curve in enumerate(curves):
+        axis.plot(curve["steps"], curve["values"], color=f"C{index}", alpha=0.25, linewidth=1)
+        axis.plot(curve["steps"], curve["smoothed"], color=f"C{index}", linewidth=1.8, label=curve["name"])
+    axis.set(xlabel="step", ylabel=config.metric, xscale="log" if config.log_x else "linear")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    figure.tight_layout()
+    return figure
+
+
+def main() -> None:
+    """Draw the curves, write picture and points."""
+    config = parse(PlotConfig)
+    check(config)
+    curves = []
+    for name, run_dir in zip(legend_names(config), config.runs):
+        steps, values = read_curve(run_dir, config.metric)
+        curves.append({"name": name, "steps": steps, "values": values, "smoothed": smoothed(values, config.smooth)})
+    check_writable(config.out.parent, "--out")
+    draw(curves, config).savefig(config.out, dpi=120)
+    points = {"metric": config.metric, "smooth": config.smooth, "runs": curves}
+    config.out.with_suffix(".json").write_text(json.dumps(points, indent=1))
+    for curve in curves:
+        print(f"{curve['name']:30} {curve['smoothed'][-1]:.4f} at step {curve['steps'][-1]}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,226 @@
+"""How far an image changes when its codes do: MSE and LPIPS against code distance (the paper's figure 3, section 3.1).
+
+Every code of an image is replaced by that code of the same codebook whose distance to it is nearest to a target, and
+the result is decoded; targets run from 0, where the codes stay, to the largest distance in the codebook.  `--against
+source` compares the decoded image with the image that was encoded, as the figure's caption says: the curve starts at
+the tokenizer's own error.  `--against reconstruction` compares it with the decoding of the unchanged codes: the curve
+starts at 0.
+
+Deviation from the paper: its distances are those of embeddings that are not normalised.  Here they are those of the
+codes as the tokenizer uses them; L2-normalised ones are at most 2 apart.  Images are compared in [-1, 1], to which
+decoded ones are clamped.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from tokenizer.tokenizer_image.evaluate import reconstruct
+from tokenizer.tokenizer_image.perceptual import PerceptualNet, build_perceptual
+from tokenizer.tokenizer_image.quantizer import Streams
+from tokenizer.tokenizer_image.vq_model import VQModel
+from utils.batches import ImageOptions
+from utils.checkpoint import load_tokenizer
+from utils.config import UserError, check_writable, parse, run_main
+from utils.distributed import setup
+from utils.images import ImageDataset, image_grid, open_images, to_uint8
+from utils.run import set_up_logging
+
+log = logging.getLogger("code_distance")
+
+_CHUNK = 1024  # codes whose distances to all others are held at once: 64 MiB for 16384 codes
+_SHOWN = 6     # images in the picture
+
+
+@dataclass
+class CodeDistanceConfig:
+    """Options of the measurement."""
+
+    data: ImageOptions
+    vq_ckpt: Path
+    """tokenizer.safetensors or the run folder that holds it."""
+    out: Path
+    """Folder for code_distance.json, code_distance.png and code_distance_images.png."""
+    against: Literal["source", "reconstruction"] = "source"
+    """Compare with the images themselves, or with their reconstructions from unchanged codes."""
+    stream: int = 0
+    """Codebook whose codes are replaced; those of the others stay."""
+    points: int = 12
+    """Distances, from 0 to the largest."""
+    images: int = 256
+    """Images at most, evenly over the classes."""
+    perceptual_net: PerceptualNet = "vgg"
+    """LPIPS backbone, random, or classifier."""
+    perceptual_weights: str = ""
+    """Local weights of it; empty: the usual download."""
+    batch_size: int = 32
+    """Images decoded at once."""
+    device: str = "auto"
+    """auto, cuda or cpu."""
+
+
+class Replacements(NamedTuple):
+    """By which code each code of a codebook is replaced at each of P target distances."""
+
+    targets: Tensor    # [P], from 0
+    codes: Tensor      # int64 [P, K]
+    distances: Tensor  # [P, K], from the code that is replaced
+
+
+def distance_rows(codebook: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Distances of some codes to all, a chunk at a time: [K, d] -> (first code, [R, K]).
+
+    Differences are squared, not products: a code is at exactly 0 from itself, and TF32 has no part in it.
+    """
+    for first in range(0, len(codebook), _CHUNK):
+        rows = codebook[first : first + _CHUNK]
+        yield first, torch.cdist(rows, codebook, compute_mode="donot_use_mm_for_euclid_dist")  # [R, K]
+
+
+def replacements(codebook: Tensor, points: int) -> Replacements:
+    """For each code of a codebook [K, d], another at each of `points` targets from 0 to the largest distance in it.
+
+    Target 0 keeps the code; the others take that other code whose distance is nearest to the target, the lower of two.
+    """
+    largest = max(distances.max().item() for _, distances in distance_rows(codebook))
+    targets = torch.linspace(0, largest, points)                                   # [P]
+    codes, realised = [], []
+    for first, distances in distance_rows(codebook):
+        own = torch.arange(first, first + len(distances), device=codebook.device)  # [R]
+        others = distances.scatter(1, own[:, None], torch.inf)
+        found = [own] + [(others - target).abs_().argmin(1) for target in targets[1:].tolist()]
+        codes.append(torch.stack(found, 1))                                        # [R, P]
+        realised.append(distances.gather(1, codes[-1]))
+    return Replacements(targets, torch.cat(codes).T.contiguous(), torch.cat(realised).T.contiguous())
+
+
+def replace_codes(codes: Tensor, stream: int, replacement: Tensor) -> Tensor:
+    """Codes [B, C, h, w] with those of one stream exchanged by a table [K]."""
+    changed = codes.clone()
+    changed[:, stream] = replacement[codes[:, stream]]
+    return changed
+
+
+def decode(tokenizer: VQModel, codes: Tensor) -> Tensor:
+    """Codes [B, C, h, w] -> images [B, 3, H, W] clamped to [-1, 1]."""
+    return tokenizer.decode_codes(codes).clamp(-1, 1)
+
+
+def measure(config: CodeDistanceConfig, tokenizer: VQModel, streams: Streams, dataset: ImageDataset,
+            replaced: Replacements, device: torch.device) -> list[dict]:
+    """The curve: of every point the target, the realised distance (mean over cells), mse, lpips, and of what."""
+    perceptual = build_perceptual(config.perceptual_net, config.perceptual_weights, device)
+    points = len(replaced.targets)
+    sums = torch.zeros(points, 3, dtype=torch.float64, device=device)  # distance, MSE, LPIPS
+    count, rows = 0, np.arange(len(dataset))
+    with tqdm(total=len(rows) * points, desc="code distance", unit="images", dynamic_ncols=True,
+              mininterval=1.0) as bar:
+        for _, images, decoded, codes in reconstruct(tokenizer, dataset, rows, streams, config.batch_size,
+                                                     config.data.num_workers, device):
+            compared = images if config.against == "source" else decoded.clamp(-1, 1)
+            for point in range(points):
+                changed = decode(tokenizer, replace_codes(codes, config.stream, replaced.codes[point]))
+                sums[point, 0] += replaced.distances[point][codes[:, config.stream]].flatten(1).mean(1).sum()
+                sums[point, 1] += (changed - compared).square().flatten(1).mean(1).sum()
+                sums[point, 2] += perceptual(changed, compared).sum()
+                bar.update(len(images))
+            count += len(images)
+    about = {"images": count, "against": config.against, "perceptual_net": config.perceptual_net}
+    return [{"target": target} | dict(zip(("distance", "mse", "lpips"), line)) | about
+            for target, line in zip(replaced.targets.tolist(), (sums / count).tolist())]
+
+
+def draw_curves(curve: list[dict], config: CodeDistanceConfig) -> Figure:
+    """Figure 3a: MSE on the left axis, the perceptual distance on the right, over the realised code distance."""
+    figure = Figure(figsize=(6, 4))
+    left = figure.subplots()
+    right = left.twinx()
+    distances = [point["distance"] for point in curve]
+    perceptual = {"classifier": "classifier distance", "random": "LPIPS of a random network"}
+    names = "MSE", perceptual.get(config.perceptual_net, f"LPIPS ({config.perceptual_net})")
+    lines = [axis.plot(distances, [point[key] for point in curve], marker, color=color, label=name)[0]
+             for axis, key, name, marker, color in ((left, "mse", names[0], "o-", "tab:blue"),
+                                                    (right, "lpips", names[1], "s--", "tab:orange"))]
+    for axis, line in zip((left, right), lines):
+        axis.set_ylabel(line.get_label(), color=line.get_color())
+        axis.set_ylim(bottom=0)
+    left.set(xlabel="code distance", title=f"difference to the {config.against}, {curve[0]['images']} images")
+    left.grid(alpha=0.3)
+    left.legend(handles=lines, loc="upper left")
+    figure.tight_layout()
+    return figure
+
+
+@torch.no_grad()
+def draw_images(config: CodeDistanceConfig, tokenizer: VQModel, streams: Streams, dataset: ImageDataset,
+                replaced: Replacements, distances: list[float], device: torch.device) -> Image.Image:
+    """Figure 3b: a row for each of a few images, the source first, then one column for each distance."""
+    picked = np.linspace(0, len(dataset) - 1, min(_SHOWN, len(dataset))).astype(int)
+    images = torch.stack([dataset[(0, int(index))][0] for index in picked]).to(device)  # [N, 3, H, W]
+    codes = tokenizer.encode(images)[:, :tokenizer.quantizer.streams(streams)]
+    columns = [images] + [decode(tokenizer, replace_codes(codes, config.stream, line)) for line in replaced.codes]
+    pixels = to_uint8(torch.stack(columns, 1).flatten(0, 1)).cpu().numpy()              # [N (1 + P), H, W, 3]
+    return image_grid(pixels, len(columns), scale=max(1, 64 // config.data.image_size),
+                      columns_titles=["source", *(f"{distance:.2f}" for distance in distances)])
+
+
+def open_tokenizer(config: CodeDistanceConfig, device: torch.device) -> tuple[VQModel, Streams]:
+    """The tokenizer and the streams it is decoded from; raises UserError when an option does not fit it."""
+    tokenizer = load_tokenizer(config.vq_ckpt, device).to(memory_format=torch.channels_last)
+    # Stage 1 leaves the detail codebook untrained.
+    streams: Streams = "semantic" if tokenizer.extra.get("stage") == "semantic" else "all"
+    kept = tokenizer.quantizer.streams(streams)
+    if not 0 <= config.stream < kept:
+        raise UserError(f"--stream {config.stream} is not among the {kept} trained codebooks of --vq-ckpt "
+                        f"{config.vq_ckpt}: give a number from 0 to {kept - 1}.")
+    if config.data.image_size % tokenizer.config.downsampling:
+        raise UserError(f"--image-size {config.data.image_size} is not a multiple of {tokenizer.config.downsampling}, "
+                        "the tokenizer's downsampling.")
+    return tokenizer, streams
+
+
+def check(config: CodeDistanceConfig) -> None:
+    """Raise UserError for a number out of range."""
+    for option, value, least in (("--points", config.points, 2), ("--images", config.images, 1),
+                                 ("--batch-size", config.batch_size, 1)):
+        if value < least:
+            raise UserError(f"{option} {value} is too few: give at least {least}.")
+
+
+def main() -> None:
+    """Measure the curve and write it as figures and pictures."""
+    config = parse(CodeDistanceConfig)
+    processes = setup(config.device)
+    set_up_logging(processes)
+    check(config)
+    dataset = ImageDataset(open_images(config.data.data_path).subset(config.images), config.data.image_size)
+    check_writable(config.out, "--out")
+    tokenizer, streams = open_tokenizer(config, processes.device)
+    replaced = replacements(tokenizer.quantizer.table(config.stream), config.points)
+    curve = measure(config, tokenizer, streams, dataset, replaced, processes.device)
+    (config.out / "code_distance.json").write_text(json.dumps(curve, indent=1))
+    draw_curves(curve, config).savefig(config.out / "code_distance.png", dpi=120)
+    draw_images(config, tokenizer, streams, dataset, replaced, [point["distance"] for point in curve],
+                processes.device).save(config.out / "code_distance_images.png")
+    dataset.report_skipped()
+    log.info("MSE %.4f at distance 0, %.4f at %.3f; wrote %s", curve[0]["mse"], curve[-1]["mse"], curve[-1]["distance"],
+             config.out)
+    processes.close()
+
+
+if __name__ == "__main__":
+    run_main(main)
