@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.conftest import TINY_GPT, call, command, randomise
-from tests.test_train import extract_options, gpt_options, write_codes
 
 from autoregressive.models.gpt import GPT
 from autoregressive.sample import sample_c2i, sample_c2i_ddp
 from autoregressive.train import extract_codes_c2i, train_c2i
+from tests.conftest import TINY_GPT, call, command, randomise
+from tests.test_train import extract_options, gpt_options, write_codes
 from tokenizer.tokenizer_image import vq_train
 from utils.checkpoint import export
 

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 from PIL import Image
+
 from tests.conftest import REPOSITORY
 
 

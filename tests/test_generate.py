@@ -6,8 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.conftest import TINY_GPT, random_codes
-from tests.test_gpt import released_gpt
 
 from autoregressive.models.generate import (
     Sampler,
@@ -18,6 +16,8 @@ from autoregressive.models.generate import (
     filter_logits,
     generate,
 )
+from tests.conftest import TINY_GPT, random_codes
+from tests.test_gpt import released_gpt
 from utils.config import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -166,7 +166,8 @@ def test_impossible_ranges_are_refused(gpt, scale, guidance, sentence):
 
 def test_caches_are_allocated_once(gpt, monkeypatch):
     """Decoding must not re-allocate caches inside the loop, nor compress a neighbour twice."""
-    from autoregressive.models import attention, gpt as gpt_module, local_head
+    from autoregressive.models import attention, local_head
+    from autoregressive.models import gpt as gpt_module
 
     made, compressed = [], []
     original = attention.KVCache.__init__

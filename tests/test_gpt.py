@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tests.conftest import GOLDEN, TINY_GPT, arrays, imported_gpt, random_codes, randomise
 
 from autoregressive.models.attention import causal_attention, short_causal_attention
-from autoregressive.models.gpt import GPT, GPTConfig, build_gpt, rotary_table
+from autoregressive.models.gpt import GPT, build_gpt, rotary_table
 from autoregressive.models.local_head import window_indices
 from autoregressive.models.losses import stream_losses
+from tests.conftest import GOLDEN, TINY_GPT, arrays, imported_gpt, random_codes, randomise
 
 
 def teacher_forced_decode(gpt: GPT, labels: torch.Tensor, codes: torch.Tensor) -> list[torch.Tensor]:
@@ -72,7 +72,7 @@ def test_window_holds_the_causal_neighbours():
     indices = window_indices(6, 5)
     for cell in range(36):
         row, column = divmod(cell, 6)
-        wanted = [(row + dy) * 6 + column + dx if 0 <= row + dy and 0 <= column + dx < 6 else 36
+        wanted = [(row + dy) * 6 + column + dx if row + dy >= 0 and 0 <= column + dx < 6 else 36
                   for dy, dx in [(-2, d) for d in range(-2, 3)] + [(-1, d) for d in range(-2, 3)] + [(0, -2), (0, -1)]]
         assert indices[cell].tolist() == wanted
 

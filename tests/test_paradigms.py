@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tests.conftest import TINY_GPT, random_codes, randomise
-from tests.test_gpt import teacher_forced_decode
 
 from autoregressive.models.ctf import FineOptions, refine
 from autoregressive.models.generate import SamplingOptions, draw_uniforms, generate
 from autoregressive.models.gpt import GPT, GPTConfig, build_gpt
 from autoregressive.models.losses import ObjectiveOptions, cluster_loss, objective, stream_losses
+from tests.conftest import TINY_GPT, random_codes, randomise
+from tests.test_gpt import teacher_forced_decode
 
 VARIANTS = {
     "single": dict(paradigm="single", codebook_sizes=(16,)),
@@ -109,7 +109,7 @@ def test_every_paradigm_samples_with_guidance(name):
     codes = generate(gpt, torch.zeros(4, dtype=torch.long), options, uniforms)
     other = generate(gpt, torch.ones(4, dtype=torch.long), options, uniforms)
     for stream, size in enumerate(gpt.config.codebook_sizes):
-        assert 0 <= codes[:, stream].min() and codes[:, stream].max() < size
+        assert codes[:, stream].min() >= 0 and codes[:, stream].max() < size
     assert not torch.equal(codes, other)
 
 

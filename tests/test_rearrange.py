@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.conftest import TINY_VQ, call
 
+from tests.conftest import TINY_VQ, call
 from tokenizer.tokenizer_image import rearrange
 from tokenizer.tokenizer_image.rearrange import balanced_kmeans, coarse_labels, neighbour_order, objective
 from tokenizer.tokenizer_image.vq_model import VQModel

@@ -9,12 +9,12 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from tests.conftest import call, command
 
 from autoregressive.sample import sample_c2i_ddp
 from autoregressive.sample.pipeline import Pipeline
 from autoregressive.sample.rejection import RejectionOptions, load_judge, select
 from evaluations.c2i.classifier import ClassifierConfig, SmallClassifier, load_classifier
+from tests.conftest import call, command
 from utils.checkpoint import export, fingerprint
 from utils.config import UserError
 from utils.images import to_tensor

@@ -7,6 +7,11 @@ import pickle
 import numpy as np
 import pytest
 import torch
+
+from autoregressive.models.gpt import GPT, GPTConfig, build_gpt
+from autoregressive.models.losses import stream_losses
+from autoregressive.sample import sample_c2i_ddp
+from scripts import published_structure
 from tests.conftest import (
     GOLDEN,
     TINY_GPT,
@@ -20,11 +25,6 @@ from tests.conftest import (
 )
 from tests.test_bad_input import refused
 from tests.test_gpt import teacher_forced_decode
-
-from autoregressive.models.gpt import GPT, GPTConfig, build_gpt
-from autoregressive.models.losses import stream_losses
-from autoregressive.sample import sample_c2i_ddp
-from scripts import published_structure
 from tokenizer.tokenizer_image.vq_loss import adaptive_weight
 from tokenizer.tokenizer_image.vq_model import build_tokenizer
 from utils import released_weights
@@ -219,9 +219,8 @@ def test_bad_files_are_refused_and_nothing_is_written(capsys, tmp_path, monkeypa
 
 def test_a_training_checkpoint_can_be_loaded(tmp_path):
     """A long run is looked at before it ends: any step-* folder loads as the exported file does."""
-    from tests.test_train import gpt_options, write_codes
-
     from autoregressive.train import train_c2i
+    from tests.test_train import gpt_options, write_codes
 
     call(train_c2i.main, *gpt_options(write_codes(tmp_path / "codes"), tmp_path / "run"))
     newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.conftest import GOLDEN, TINY_VQ, arrays, imported_tokenizer
 
+from tests.conftest import GOLDEN, TINY_VQ, arrays, imported_tokenizer
 from tokenizer.tokenizer_image import vq_loss
 from tokenizer.tokenizer_image.codebook import (
     CodeUsage,
@@ -17,7 +17,7 @@ from tokenizer.tokenizer_image.codebook import (
     whiten_projection,
 )
 from tokenizer.tokenizer_image.discriminator import PatchGAN
-from tokenizer.tokenizer_image.vq_model import VQ_models, VQConfig, VQModel, build_tokenizer
+from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel, build_tokenizer
 from tokenizer.tokenizer_image.vq_train import VQTrainConfig, autoencoder_loss
 from utils.batches import ImageOptions
 from utils.distributed import Processes

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.conftest import REPOSITORY, TINY_VQ, call, command, export_models, losses
 
-from autoregressive.train import extract_codes_c2i, train_c2i
 from autoregressive.models.losses import ObjectiveOptions
+from autoregressive.train import extract_codes_c2i, train_c2i
 from autoregressive.train.train_c2i import RECIPES, GPTOptions, TrainConfig, learning_rate, recipe
+from tests.conftest import REPOSITORY, TINY_VQ, call, command, export_models, losses
 from utils.batches import GlobalBatches
 from utils.checkpoint import load_gpt, load_tokenizer
 from utils.code_shards import CodeDataset, CodeHeader, CodeWriter, read_header

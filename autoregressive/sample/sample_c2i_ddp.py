@@ -9,6 +9,7 @@ are those of many candidates that a classifier likes best (`rejection.py`).
 import json
 import logging
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,12 +104,15 @@ def draw(pipeline: Pipeline, path: Path, labels: np.ndarray, about: dict[str, An
          processes: Processes) -> None:
     """Draw an image of each label into the npz `path`; about: its identity, `kind` among it."""
     store = ImageStore(path, (len(labels), pipeline.image_size, pipeline.image_size, 3), about)
+    started, missing = time.perf_counter(), len(store.missing())
     draw_share(pipeline, store, labels, config, processes)
     if not processes.is_main:
         store.close()
     processes.barrier()
     if processes.is_main:
         store.finish(arr_1=labels, kind=np.array(about["kind"]), options=np.array(json.dumps(about)))
+        rate = {"images": missing, "images_per_second": missing / (time.perf_counter() - started)}
+        path.with_suffix(".rate.json").write_text(json.dumps(rate))
     processes.barrier()
 
 
@@ -128,11 +132,16 @@ def draw_and_select(pipeline: Pipeline, judge: Judge, labels: np.ndarray, about:
 
 
 def sample(config: SampleConfig, processes: Processes) -> None:
-    """Draw all samples and write the npz."""
+    """Load the models, draw all samples and write the npz."""
     check_rejection(config.rejection)
     pipeline = Pipeline(config.models, config.sampling, config.fine, processes.device)
+    judge = load_judge(config.rejection, pipeline.num_classes) if config.rejection.rejection_ratio > 1 else None
+    write_samples(config, pipeline, judge, processes)
+
+
+def write_samples(config: SampleConfig, pipeline: Pipeline, judge: Judge | None, processes: Processes) -> None:
+    """Draw all samples and write the npz; a finished one is left as it is."""
     labels, ratio = make_labels(config, pipeline.num_classes), config.rejection.rejection_ratio
-    judge = load_judge(config.rejection, pipeline.num_classes) if ratio > 1 else None
     shape = len(labels), pipeline.image_size, pipeline.image_size, 3
     about = identity(config, pipeline) | ({"rejection": judge.note(ratio)} if judge else {})
     if already_finished(config.out, shape, about):

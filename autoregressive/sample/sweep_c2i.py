@@ -1,0 +1,163 @@
+"""Sweep guidance ranges: sample and evaluate a grid of them from one checkpoint (table 9, figure 7a).
+
+The models are loaded once.  Every range has an npz and a line of `sweep.json` of its own, so that an interrupted sweep
+carries on with the ranges that are missing.  Figures are ADM's five, or with --judge those of a small classifier.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+from autoregressive.models.generate import cfg_ranges
+from autoregressive.sample.pipeline import Pipeline, carried_options
+from autoregressive.sample.sample_c2i_ddp import SampleConfig, write_samples
+from evaluations.c2i.classifier import load_all, load_classifier
+from evaluations.c2i.evaluator import EvaluationFile, EvaluatorConfig, FeatureSource, compare
+from evaluations.c2i.judge import features_and_votes, judge
+from evaluations.c2i.metrics import feature_statistics
+from utils.config import UserError, check_exists, check_writable, parse, run_main
+from utils.distributed import Processes, setup
+from utils.images import open_images
+from utils.run import set_up_logging
+
+log = logging.getLogger("sweep_c2i")
+
+# Table 9: guidance ranges of IAR2-B.
+TABLE_9 = ("1.5:2.25", "1.5:2.5", "1.5:2.75", "1.5:3.0", "1.75:2.25", "1.75:2.5", "1.75:2.75", "1.75:3.0", "1.75:3.5",
+           "2.0:2.5", "2.0:2.75", "2.0:3.0")
+
+
+@dataclass
+class SweepConfig:
+    """Options of a sweep; those of sampling hold for every range."""
+
+    samples: SampleConfig
+    reference: Path
+    """ADM's reference npz; with --judge, real images (folder or npz)."""
+    folder: Path = Path("samples/sweep")
+    """Folder of the npz files, sweep.json, sweep.md and sweep.png."""
+    ranges: tuple[str, ...] = TABLE_9
+    """Guidance ranges START:END; equal ends are constant guidance."""
+    judge: str = ""
+    """File of evaluations/c2i/classifier.py that judges small images; empty: ADM's metrics."""
+    inception_weights: Path | None = None
+    """torch-fidelity's Inception weights; None downloads them."""
+
+
+Evaluate = Callable[[Path], dict[str, float]]
+
+
+def parse_range(text: str) -> tuple[float, float]:
+    """"START:END" -> two numbers; raises UserError for anything else."""
+    try:
+        start, end = (float(part) for part in text.split(":"))
+    except ValueError as error:
+        raise UserError(f"--ranges {text!r} is no range: give START:END, for example 1.75:3.0.") from error
+    return start, end
+
+
+def adm_figures(config: SweepConfig, size: int, device: torch.device) -> Evaluate:
+    """ADM's metrics of an npz against --reference, the network loaded once."""
+    check_exists(config.reference, "--reference", "ADM's reference npz")
+    source = FeatureSource(EvaluatorConfig(config.reference, config.reference, config.inception_weights), device)
+    reference = EvaluationFile(config.reference, "--reference")
+    return lambda path: compare(reference, EvaluationFile(path, "sample"), source)
+
+
+def judge_figures(config: SweepConfig, size: int, device: torch.device) -> Evaluate:
+    """A small classifier's figures of an npz against --reference, brought to `size` pixels."""
+    classifier = load_classifier(config.judge, option="--judge").to(device)
+    images, _ = load_all(open_images(config.reference, "--reference"), size)
+    reference = feature_statistics(features_and_votes(classifier, images, device)[0])
+
+    def evaluate(path: Path) -> dict[str, float]:
+        with np.load(path) as data:
+            return judge(classifier, data["arr_0"], data["arr_1"], reference, device)
+
+    return evaluate
+
+
+def sweep(config: SweepConfig, processes: Processes) -> dict[str, dict[str, float]]:
+    """Sample and evaluate every range that is missing; returns the figures by range."""
+    base, results_file = config.samples, config.folder / "sweep.json"
+    options = {text: replace(base.sampling, cfg_scale=parse_range(text)) for text in config.ranges}
+    pipeline = Pipeline(base.models, options[config.ranges[0]], base.fine, processes.device)
+    for sampling in options.values():  # all ranges are checked before the first is drawn
+        cfg_ranges(sampling, pipeline.gpt)
+    make = judge_figures if config.judge else adm_figures
+    evaluate = make(config, pipeline.image_size, processes.device) if processes.is_main else None
+    results = json.loads(results_file.read_text()) if results_file.exists() else {}
+    for text, sampling in options.items():
+        pipeline.sampling = sampling
+        out = config.folder / f"{text.replace(':', '-')}.npz"
+        write_samples(replace(base, sampling=sampling, out=out), pipeline, None, processes)
+        if processes.is_main and text not in results:
+            results[text] = evaluate(out)
+            results_file.write_text(json.dumps(results, indent=1))
+            log.info("%s: %s", text, "  ".join(f"{name} {value:.4g}" for name, value in results[text].items() if value))
+        processes.barrier()
+    return {text: results[text] for text in config.ranges} if processes.is_main else {}
+
+
+def write_table(results: dict[str, dict[str, float]], path: Path) -> None:
+    """Markdown table, a row a range."""
+    names = list(next(iter(results.values())))
+    lines = ["| start | end | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 2)]
+    for text, figures in results.items():
+        cells = ["n/a" if figures[name] is None else f"{figures[name]:.4g}" for name in names]
+        lines.append("| " + " | ".join([*text.split(":"), *cells]) + " |")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def draw_curves(results: dict[str, dict[str, float]], path: Path) -> None:
+    """Figures over the end of the range, a curve for each start; constant guidance is a curve of its own."""
+    names = [name for name in next(iter(results.values())) if name != "images"]
+    figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.4), layout="constrained", squeeze=False)
+    points = [(*parse_range(text), figures) for text, figures in results.items()]
+    curves = {f"from {start:g}": [(e, f) for s, e, f in points if s == start and e != s] for start, *_ in points}
+    curves["constant"] = [(e, f) for s, e, f in points if s == e]
+    for axis, name in zip(axes[0], names):
+        for label, curve in curves.items():
+            if curve:
+                ends, values = zip(*sorted((end, figures[name]) for end, figures in curve))
+                axis.plot(ends, values, marker="o", label=label)
+        axis.set(title=name, xlabel="end of the guidance range")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Parse options, sweep, write table and plot."""
+    config = parse(SweepConfig, lambda options: carried_options(options.samples))
+    processes = setup(config.samples.models.device)
+    set_up_logging(processes)
+    if not config.ranges:
+        raise UserError("--ranges is empty: give at least one START:END.")
+    if config.samples.rejection.rejection_ratio > 1:
+        raise UserError("--rejection-ratio is not for sweeps: sample the chosen range with sample_c2i_ddp.py.")
+    check_writable(config.folder, "--folder")
+    results = sweep(config, processes)
+    if processes.is_main:
+        write_table(results, config.folder / "sweep.md")
+        draw_curves(results, config.folder / "sweep.png")
+        print((config.folder / "sweep.md").read_text())
+    processes.close()
+
+
+if __name__ == "__main__":
+    run_main(main)

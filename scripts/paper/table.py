@@ -1,0 +1,113 @@
+"""Tables of the paper: gather measured figures, and print them beside the published ones.
+
+    python scripts/paper/table.py merge FILE... --folder F --name ROW      add a JSON file's figures to F/ROW.json
+    python scripts/paper/table.py show --folder F --table 5 --rows ROW...  the table in Markdown, kept as F/table5.md
+
+Figures of a row that was run with several seeds lie in ROW-seed0.json, ROW-seed1.json, ...; they become mean ± deviation.
+Published figures are in published.json, of ImageNet at full scale; toy figures beside them show that a row runs, and the
+order of the rows among themselves, not the values.
+"""
+
+import json
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import tyro
+
+from utils.config import UserError, check_exists, parse, run_main
+
+PUBLISHED = Path(__file__).with_name("published.json")
+# Measured figures in the order of the columns, with their digits.
+COLUMNS = {"fid": 2, "sfid": 2, "inception_score": 1, "precision": 3, "recall": 3, "rfid": 2, "psnr": 2, "ssim": 3, "lpips": 3,
+           "usage_semantic": 3, "usage_detail": 3, "usage_token": 3, "bits_per_image": 1, "frechet": 2, "class_accuracy": 3,
+           "images_per_second": 1, "steps": 0}
+
+
+@dataclass
+class TableConfig:
+    """Options of the tables."""
+
+    task: tyro.conf.Positional[Literal["merge", "show"]]
+    """Gather figures, or print a table."""
+    files: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """merge: JSON files."""
+    folder: Path = Path("runs/paper/figures")
+    """Folder of the gathered figures."""
+    name: str = ""
+    """merge: the row."""
+    prefix: str = ""
+    """merge: put before the figures' names (r makes rfid of fid)."""
+    table: str = ""
+    """show: key of published.json."""
+    rows: tuple[str, ...] = ()
+    """show: rows in order."""
+
+
+def merge(config: TableConfig) -> None:
+    """Add figures to a row; bits an image of several stages add up."""
+    path = config.folder / f"{config.name}.json"
+    row = json.loads(path.read_text()) if path.exists() else {}
+    for file in config.files:
+        found = json.loads(check_exists(file, "FILE", "a JSON file of figures").read_text())
+        found = found.get(config.name, found)  # a judge's file holds several sets by name
+        for name, value in found.items():
+            name = config.prefix + name
+            if name in COLUMNS and isinstance(value, (int, float)):
+                row[name] = value + (row.get(name, 0) if name == "bits_per_image" else 0)
+    path.write_text(json.dumps(row, indent=1))
+
+
+def read_row(folder: Path, row: str) -> dict[str, list[float]]:
+    """Every figure of a row, one value a seed."""
+    paths = [path for path in (folder / f"{row}.json", *sorted(folder.glob(f"{row}-seed*.json"))) if path.exists()]
+    if not paths:
+        raise UserError(f"--rows {row} has no figures in {folder}: run the script that makes them.")
+    seeds = [json.loads(path.read_text()) for path in paths]
+    return {name: [seed[name] for seed in seeds if name in seed] for name in COLUMNS if any(name in seed for seed in seeds)}
+
+
+def cell(values: list[float] | None, digits: int) -> str:
+    """One value, or mean ± standard deviation of several."""
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def markdown(config: TableConfig) -> str:
+    """The table: label, published columns, measured columns."""
+    published = json.loads(PUBLISHED.read_text())
+    if config.table not in published:
+        raise UserError(f"--table {config.table} is unknown: choose one of {', '.join(published)}.")
+    source = published[config.table]
+    measured = {row: read_row(config.folder, row) for row in config.rows}
+    names = [name for name in COLUMNS if any(name in figures for figures in measured.values())]
+    head = ["", *(f"{column} (published)" for column in source["columns"]), *(name.replace("_", " ") for name in names)]
+    lines = [f"**{source['title']}**", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row, figures in measured.items():
+        known = source["rows"].get(row, {"label": row, "values": []})
+        values = [str(value) for value in known["values"]] + [""] * (len(source["columns"]) - len(known["values"]))
+        cells = [known["label"], *values, *(cell(figures.get(name), COLUMNS[name]) for name in names)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Parse options, merge or show."""
+    config = parse(TableConfig)
+    if config.task == "merge":
+        merge(config)
+        return
+    text = markdown(config)
+    (config.folder / f"table{config.table}.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    run_main(main)

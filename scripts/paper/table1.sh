@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Table 1: sizes of the semantic and the detail codebook, reconstruction and generation (B, 100 epochs).
+#   DATA=... VAL=... REFERENCE=... bash scripts/paper/table1.sh      TOY=1 bash scripts/paper/table1.sh
+source "$(dirname "$0")/common.sh"
+scale=$([ "$TOY" = 1 ] && echo 2 8 || echo 1 1)  # toy: half the semantic, an eighth of the detail codes
+rows=(128-4096 256-4096 512-4096 256-2048 256-8192)
+for row in "${rows[@]}"; do
+    read -r semantic detail by_semantic by_detail <<< "${row/-/ } $scale"
+    tokenizer "$row" dual $((semantic / by_semantic)) $((detail / by_detail))
+    reconstruct "$row" "$row"
+    codes "$row"
+    gpt "size-$row" "$row"
+    score "$row" "size-$row" "$row" --cfg-scale $RANGE
+done
+table 1 "${rows[@]}"

@@ -1,0 +1,180 @@
+"""The compared systems through the same entry points: code maps, two-stage sampling, likelihoods, sweeps, tables."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from autoregressive.sample import sample_c2i_ddp, sweep_c2i
+from autoregressive.train import evaluate_c2i, train_c2i
+from evaluations.c2i.classifier import ClassifierConfig, SmallClassifier
+from scripts.paper import table
+from tests.conftest import TINY_VQ, call, losses
+from tests.test_bad_input import refused
+from tests.test_train import gpt_options
+from tokenizer.tokenizer_image import rearrange
+from tokenizer.tokenizer_image.quantizer import ProductQuantizer
+from tokenizer.tokenizer_image.vq_model import VQModel
+from utils.checkpoint import export, fingerprint, load_gpt
+from utils.code_map import load_code_map
+from utils.code_shards import CodeDataset, CodeHeader, CodeWriter
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A single-codebook tokenizer, codes of 48 images, IAR's and CTF's maps, and a classifier."""
+    folder = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    model = VQModel(replace(TINY_VQ, quantizer="single", codebook_sizes=(16,)))
+    source = fingerprint(model.state_dict())
+    export(folder / "vq" / "tokenizer.safetensors", "tokenizer", model.state_dict(),
+           {"model": asdict(model.config), "stage": "single", "fingerprint": source})
+    header = CodeHeader(source, [16], 4, 32, 1, "none", 3, 48, source="random")
+    (folder / "codes").mkdir()
+    writer = CodeWriter(folder / "codes", header, np.arange(48) % 3, create=True)
+    writer.write(np.arange(48), np.random.default_rng(0).integers(0, 16, (48, 1, 1, 16)).astype(np.uint16))
+    writer.finish()
+    call(rearrange.main, "--vq-ckpt", folder / "vq", "--out", folder / "iar", "--clusters", 4)
+    call(rearrange.main, "--vq-ckpt", folder / "vq", "--out", folder / "ctf", "--method", "coarse", "--clusters", 4)
+    classifier = SmallClassifier(ClassifierConfig(num_classes=3, channels=(8, 8)))
+    export(folder / "judge.safetensors", "classifier", classifier.state_dict(), {"model": asdict(classifier.config)})
+    return folder
+
+
+def train(world: Path, name: str, *options, steps: int = 3) -> Path:
+    """Train a GPT on the world's codes; returns its run folder."""
+    flags = gpt_options(world / "codes", world / name, steps=steps)
+    call(train_c2i.main, *flags[: flags.index("--codebook-sizes")], *options)
+    return world / name
+
+
+@pytest.fixture(scope="module")
+def runs(world) -> dict[str, Path]:
+    """LlamaGen, IAR and both stages of CTF."""
+    return {"llamagen": train(world, "llamagen"),
+            "iar": train(world, "iar-gpt", "--code-map", world / "iar" / "code_map.safetensors", "--cluster-weight", 1,
+                         "--cluster-size", 4),
+            "coarse": train(world, "coarse", "--code-map", world / "ctf" / "coarse_map.safetensors"),
+            "fine": train(world, "fine", "--code-map", world / "ctf" / "fine_map.safetensors", "--paradigm", "fine")}
+
+
+def sample_options(gpt: Path, tokenizer: Path, out: Path, *extra) -> list:
+    """A short sampling command line."""
+    return ["--gpt-ckpt", gpt, "--vq-ckpt", tokenizer, "--per-class", 2, "--batch-size", 4, "--guidance", "constant",
+            "--cfg-scale", 2, "--out", out, "--device", "cpu", *extra]
+
+
+def test_maps_are_applied_while_reading(world):
+    """IAR and CTF train on existing shards, without extracting again."""
+    plain = CodeDataset(world / "codes")
+    items = [(0, index) for index in range(48)]
+    for name, folder in (("code_map", "iar"), ("coarse_map", "ctf"), ("fine_map", "ctf")):
+        code_map = load_code_map(world / folder / f"{name}.safetensors")
+        mapped, _ = CodeDataset(world / "codes", transform=code_map.apply).__getitems__(items)
+        original, _ = plain.__getitems__(items)
+        expected = torch.from_numpy(code_map.table)[original[:, 0]].movedim(-1, 1)
+        assert torch.equal(mapped, expected) and mapped.shape[1] == len(code_map.codebook_sizes)
+
+
+def test_paradigms_follow_from_the_codes_and_losses_are_logged(runs):
+    """One codebook means single prediction; IAR logs token loss, cluster loss and cluster accuracy."""
+    assert [load_gpt(runs[name]).config.paradigm for name in runs] == ["single", "single", "single", "fine"]
+    assert load_gpt(runs["coarse"]).config.codebook_sizes == (4,) and load_gpt(runs["fine"]).config.codebook_sizes == (4, 16)
+    for name in ("loss_token", "loss_cluster", "cluster_accuracy"):
+        assert len(losses(runs["iar"], name)) == 3
+    total, token, cluster = (losses(runs["iar"], name)[2] for name in ("loss", "loss_token", "loss_cluster"))
+    assert total == pytest.approx(token + cluster, rel=1e-5)
+
+
+def test_every_system_samples_with_one_command(world, runs, tmp_path):
+    """CTF's two stages are one command, IAR's reordered tokenizer a plain --vq-ckpt."""
+    for gpt, tokenizer, extra in (("llamagen", "vq", ()), ("iar", "iar", ()), ("coarse", "vq", ("--fine-ckpt", runs["fine"])),
+                                  ("coarse", "vq", ("--fine-ckpt", runs["fine"], "--fine-candidates", "cluster"))):
+        out = tmp_path / f"{gpt}{len(extra)}.npz"
+        call(sample_c2i_ddp.main, *sample_options(runs[gpt], world / tokenizer, out, *extra))
+        with np.load(out) as data:
+            assert data["arr_0"].shape == (6, 32, 32, 3) and data["arr_1"].tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_stages_that_do_not_belong_together_are_refused(capsys, world, runs, tmp_path):
+    """Coarse labels without their second stage, or a second stage as the first, would decode to noise."""
+    def sentence(gpt: str, *extra) -> str:
+        return refused(capsys, sample_c2i_ddp.main, *sample_options(runs[gpt], world / "vq", tmp_path / "x.npz", *extra))
+
+    assert "--fine-ckpt" in sentence("coarse") and "--fine-ckpt" in sentence("fine")
+    assert "rearrange.py" in sentence("llamagen", "--fine-ckpt", runs["fine"])
+    assert "is tokenizer" in sentence("iar")
+    wrong = ["--code-path", world / "codes", "--run-dir", tmp_path / "run", "--gpt-model", "GPT-tiny", "--image-size", 32,
+             "--downsample-size", 8, "--num-classes", 3, "--device", "cpu"]
+    assert "predicts 2 codes" in refused(capsys, train_c2i.main, *wrong, "--paradigm", "grouped")
+    assert "--cluster-size 5" in refused(capsys, train_c2i.main, *wrong, "--cluster-weight", 1, "--cluster-size", 5)
+    assert "code_map" in refused(capsys, train_c2i.main, *wrong, "--code-map", world / "judge.safetensors")
+
+
+def test_likelihood_of_the_stages_adds_up(world, runs, tmp_path):
+    """Bits an image are the code length: an untrained model's is known, and CTF's is the sum of its stages."""
+    def bits(name: str, *extra) -> dict:
+        call(evaluate_c2i.main, "--gpt-ckpt", runs[name], "--code-path", world / "codes", "--out", tmp_path / "bits.json",
+             "--device", "cpu", *extra)
+        return json.loads((tmp_path / "bits.json").read_text())
+
+    single = bits("llamagen")
+    assert single["images"] == 48 and single["bits_per_image"] == pytest.approx(16 * 4, rel=0.1)  # 16 cells of 4 bits
+    assert single["nats_token"] == pytest.approx(single["bits_per_image"] * np.log(2) / 16)
+    coarse = bits("coarse", "--code-map", world / "ctf" / "coarse_map.safetensors")
+    fine = bits("fine", "--code-map", world / "ctf" / "fine_map.safetensors")
+    assert coarse["bits_per_image"] < single["bits_per_image"] and fine["bits_per_image"] == pytest.approx(64, rel=0.15)
+
+
+def test_a_sweep_draws_each_range_once(world, runs, tmp_path, capsys):
+    """Figure 7a and table 9: one loaded model, a line a range, and a second call that draws and judges nothing."""
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "real.npz", images=rng.integers(0, 255, (30, 32, 32, 3), dtype=np.uint8), labels=np.arange(30) % 3)
+    options = ["--gpt-ckpt", runs["llamagen"], "--vq-ckpt", world / "vq", "--per-class", 4, "--device", "cpu", "--folder",
+               tmp_path / "sweep", "--reference", tmp_path / "real.npz", "--judge", world / "judge.safetensors",
+               "--guidance", "progressive"]
+    call(sweep_c2i.main, *options, "--ranges", "1:2", "2:2")
+    figures = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert set(figures) == {"1:2", "2:2"} and all("frechet" in row for row in figures.values())
+    before = (tmp_path / "sweep" / "1-2.npz").stat().st_mtime_ns
+    call(sweep_c2i.main, *options, "--ranges", "1:2", "2:2", "1:3")
+    assert (tmp_path / "sweep" / "1-2.npz").stat().st_mtime_ns == before
+    rows = (tmp_path / "sweep" / "sweep.md").read_text().splitlines()
+    assert rows[2].startswith("| 1 | 2 |") and len(rows) == 5 and (tmp_path / "sweep" / "sweep.png").stat().st_size > 5000
+    capsys.readouterr()
+    assert "--ranges '3'" in refused(capsys, sweep_c2i.main, *options, "--ranges", "3")
+    assert "upside down" in refused(capsys, sweep_c2i.main, *options, "--ranges", "3:2")
+
+
+def test_product_quantizer_has_no_residual():
+    """Table 7's unassociated codebooks: a half of the channels decides one stream and cannot move the other."""
+    torch.manual_seed(0)
+    quantizer = ProductQuantizer((8, 16), 8, 0.25)
+    latents = torch.randn(2, 8, 3, 3)
+    changed = torch.cat([latents[:, :4], torch.randn(2, 4, 3, 3)], dim=1)
+    before, after = quantizer(latents), quantizer(changed)
+    assert torch.equal(before.codes[:, 0], after.codes[:, 0]) and not torch.equal(before.codes[:, 1], after.codes[:, 1])
+    torch.testing.assert_close(quantizer.lookup(before.codes), before.latents, atol=1e-6, rtol=0)
+    assert torch.equal(quantizer.lookup(before.codes[:, :1])[:, 4:], torch.zeros(2, 4, 3, 3))
+    e = torch.nn.functional.normalize(latents[:, :4].movedim(1, -1).reshape(-1, 4), dim=-1)
+    assert torch.equal(before.codes[:, 0].flatten(), torch.cdist(e, quantizer.table(0)).argmin(1))
+    (before.codebook_loss + before.commitment_loss).backward()
+    assert all(book.grad.abs().sum() > 0 for book in quantizer.codebooks)
+
+
+def test_tables_show_measured_beside_published(tmp_path, capsys):
+    """A table is read in the paper's own form: labels and published values, then mean and spread over seeds."""
+    for seed, value in ((0, 4.0), (1, 6.0)):
+        (tmp_path / "raw.json").write_text(json.dumps({f"alternating-seed{seed}": {"frechet": value, "images": 9}}))
+        call(table.main, "merge", tmp_path / "raw.json", "--folder", tmp_path, "--name", f"alternating-seed{seed}")
+    for bits in (10.0, 20.0):
+        (tmp_path / "bits.json").write_text(json.dumps({"bits_per_image": bits}))
+        call(table.main, "merge", tmp_path / "bits.json", "--folder", tmp_path, "--name", "alternating-seed0")
+    call(table.main, "show", "--folder", tmp_path, "--table", "5", "--rows", "alternating")
+    shown = capsys.readouterr().out
+    assert "| alternating | 7.22 | 173.17 | 0.85 | 0.37 | 30.0 | 5.00 ± 1.41 |" in shown
+    assert shown.strip() == (tmp_path / "table5.md").read_text().strip()
+    assert "no figures" in refused(capsys, table.main, "show", "--folder", tmp_path, "--table", "5", "--rows", "grouped")
