@@ -98,6 +98,8 @@ class Alternating(Paradigm):
         self.register_buffer("cells", cell[:-1], persistent=False)
         self.register_buffer("stream_of", stream, persistent=False)                # [T]
         self.register_buffer("cell_of", cell, persistent=False)                    # [T]
+        steps = [[step for step, (s, _) in enumerate(self.steps) if s == stream] for stream in range(len(sizes))]
+        self.register_buffer("step_of", torch.tensor(steps), persistent=False)     # [C, N]
 
     @staticmethod
     def order(streams: int, cells: int) -> list[tuple[int, int]]:
@@ -112,7 +114,7 @@ class Alternating(Paradigm):
     def logits(self, hidden: Tensor, codes: Tensor, run_block: Callable) -> list[Tensor]:
         """Trunk states [B, T, D] -> C teacher-forced logits [B, N, K_c]."""
         hidden = self.norm(hidden)
-        return [output(hidden[:, self.stream_of == stream]) for stream, output in enumerate(self.outputs)]
+        return [output(hidden[:, self.step_of[stream]]) for stream, output in enumerate(self.outputs)]
 
     def decode(self, hidden: Tensor, state: DecodeState, pick: Pick) -> Tensor:
         """One code from [B, D]; returns its embedding [B, D]."""

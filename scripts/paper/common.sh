@@ -34,7 +34,8 @@ else
     SEMANTIC=256 DETAIL=4096 SINGLE=16384 CLUSTERS=128 COARSE=512
     RANGE="1.75 3" CONSTANT=2
 fi
-mkdir -p "$OUT/figures"
+FIGURES="$OUT/figures/$(basename "$0" .sh)" SAMPLES="$OUT/samples/$(basename "$0" .sh)"  # rows of two tables may share a name
+mkdir -p "$FIGURES" "$SAMPLES"
 
 # classifiers: toy: the tokenizer's teacher and the judge of samples, as in the quickstart
 classifiers() {
@@ -99,46 +100,47 @@ gpt() {
     bash scripts/autoregressive/train_c2i.sh --code-path "$code_path" --run-dir "$run" "${GPT[@]}" "${length[@]}" "$@"
 }
 
-# score NAME GPT TOKENIZER OPTIONS...: sample and evaluate; figures go to OUT/figures/NAME.json
+# score NAME GPT TOKENIZER OPTIONS...: sample and evaluate; figures go to FIGURES/NAME.json
 score() {
     local name="$1" gpt="$OUT/gpt/$2" tokenizer="$3"; shift 3
-    local npz="$OUT/samples/$name.npz"
-    [ -e "$OUT/figures/$name.json" ] && return 0
+    local npz="$SAMPLES/$name.npz"
+    [ -e "$FIGURES/$name.scored" ] && return 0
     launch autoregressive/sample/sample_c2i_ddp.py --gpt-ckpt "$gpt" --vq-ckpt "$(vq "$tokenizer")" "${SAMPLE[@]}" \
         --out "$npz" "$@"
     if [ "$TOY" = 1 ]; then
         "$PYTHON" evaluations/c2i/judge.py --classifier "$OUT/judge.safetensors" --reference "$VAL" --samples "$npz" \
-            --out "$OUT/samples/$name.judged.json"
+            --out "$SAMPLES/$name.judged.json"
     else
-        "$PYTHON" evaluations/c2i/evaluator.py "$REFERENCE" "$npz" --json "$OUT/samples/$name.judged.json"
+        "$PYTHON" evaluations/c2i/evaluator.py "$REFERENCE" "$npz" --json "$SAMPLES/$name.judged.json"
     fi
-    figures "$name" "$OUT/samples/$name.judged.json" "$OUT/samples/$name.rate.json"
+    figures "$name" "$SAMPLES/$name.judged.json" "$SAMPLES/$name.rate.json"
+    touch "$FIGURES/$name.scored"
 }
 
 # likelihood NAME GPT CODES OPTIONS...: bits an image on held-out codes, added to the figures of NAME
 likelihood() {
     local name="$1" gpt="$OUT/gpt/$2" code_path="$OUT/codes/$3-val"; shift 3
-    [ -e "$OUT/figures/$name.$(basename "$gpt").bits" ] && return 0
-    launch autoregressive/train/evaluate_c2i.py --gpt-ckpt "$gpt" --code-path "$code_path" --out "$OUT/gpt/bits.json" "$@"
-    figures "$name" "$OUT/gpt/bits.json"
-    touch "$OUT/figures/$name.$(basename "$gpt").bits"
+    [ -e "$FIGURES/$name.$(basename "$gpt").bits" ] && return 0
+    launch autoregressive/train/evaluate_c2i.py --gpt-ckpt "$gpt" --code-path "$code_path" --out "$gpt/bits.json" "$@"
+    figures "$name" "$gpt/bits.json"
+    touch "$FIGURES/$name.$(basename "$gpt").bits"
 }
 
 # reconstruct NAME TOKENIZER: PSNR, SSIM, LPIPS, usage, and at full scale rFID
 reconstruct() {
-    local npz="$OUT/samples/$1-reconstructed.npz"
-    [ -e "$OUT/figures/$1.reconstruction" ] && return 0
+    local npz="$SAMPLES/$1-reconstructed.npz"
+    [ -e "$FIGURES/$1.reconstructed" ] && return 0
     launch tokenizer/tokenizer_image/reconstruction_vq_ddp.py --vq-ckpt "$(vq "$2")" --data-path "$VAL" "${IMAGES[@]}" \
         ${PERCEPTUAL[@]+"${PERCEPTUAL[@]}"} --out "$npz"
     figures "$1" "${npz%.npz}.json"
     if [ "$TOY" != 1 ]; then
         "$PYTHON" tokenizer/validation/val_ddp.py --data-path "$VAL" --image-size 256 --out "$OUT/val256.npz"
-        "$PYTHON" evaluations/c2i/evaluator.py "$OUT/val256.npz" "$npz" --json "$OUT/samples/$1-rfid.json"
-        figures "$1" --prefix r "$OUT/samples/$1-rfid.json"
+        "$PYTHON" evaluations/c2i/evaluator.py "$OUT/val256.npz" "$npz" --json "$SAMPLES/$1-rfid.json"
+        figures "$1" --prefix r "$SAMPLES/$1-rfid.json"
     fi
-    touch "$OUT/figures/$1.reconstruction"
+    touch "$FIGURES/$1.reconstructed"
 }
 
-# figures NAME FILE...: merge figures into OUT/figures/NAME.json;  table N ROW...: print and keep the table of such rows
-figures() { "$PYTHON" scripts/paper/table.py merge --folder "$OUT/figures" --name "$@"; }
-table() { "$PYTHON" scripts/paper/table.py show --folder "$OUT/figures" --table "$1" --rows "${@:2}"; }
+# figures NAME FILE...: merge figures into FIGURES/NAME.json;  table N ROW...: print and keep the table of such rows
+figures() { "$PYTHON" scripts/paper/table.py merge --folder "$FIGURES" --name "$@"; }
+table() { "$PYTHON" scripts/paper/table.py show --folder "$FIGURES" --table "$1" --rows "${@:2}"; }
