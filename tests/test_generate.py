@@ -15,6 +15,7 @@ from autoregressive.models.generate import (
     draw_uniforms,
     filter_logits,
     generate,
+    pick_codes,
 )
 from tests.conftest import TINY_GPT, random_codes
 from tests.test_gpt import released_gpt
@@ -82,10 +83,10 @@ def test_equation_18_as_printed(gpt):
 
 
 def test_cfg_interval_stops_guidance(gpt):
-    """LlamaGen's --cfg-interval: steps after it use the conditional logits alone."""
+    """LlamaGen's --cfg-interval counts from the second token: the first is always guided, then interval + 1 more."""
     sampler = Sampler(gpt, replace(OPTIONS, cfg_interval=2), torch.rand(2, 2, 16))
     conditional, unconditional = torch.randn(2, 2, 8)
-    for step, guided in [(0, True), (2, True), (3, False)]:
+    for step, guided in [(0, True), (3, True), (4, False)]:
         sampler.begin(step, torch.rand(4))
         assert torch.equal(sampler.guide(conditional, unconditional, 0), conditional) != guided
 
@@ -128,12 +129,12 @@ def test_draws_follow_the_probabilities():
     logits = torch.tensor([1.0, -torch.inf, 0.0, 2.0])
     uniforms = (torch.arange(100_000) + 0.5) / 100_000
     for temperature in (1.0, 0.5):
-        codes = draw_codes(logits.expand(100_000, -1), uniforms, temperature)
+        codes = pick_codes(logits.expand(100_000, -1), uniforms, temperature, 0, 1.0)
         share = torch.bincount(codes, minlength=4) / 100_000
         torch.testing.assert_close(share, (logits / temperature).softmax(-1), atol=1e-4, rtol=0)
-    ends = draw_codes(logits.expand(2, -1), torch.tensor([0.0, 1 - 2**-24]), 1.0)
+    ends = draw_codes(logits.expand(2, -1), torch.tensor([0.0, 1 - 2**-24]))
     assert ends.tolist() == [0, 3]
-    assert draw_codes(logits[None], torch.tensor([0.0]), 0.0).tolist() == [3]
+    assert pick_codes(logits[None], torch.tensor([0.0]), 0.0, 0, 1.0).tolist() == [3]
 
 
 def test_a_uniform_model_draws_every_grid_equally(gpt):

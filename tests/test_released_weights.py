@@ -3,6 +3,7 @@
 import argparse
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -28,7 +29,8 @@ from tests.test_gpt import teacher_forced_decode
 from tokenizer.tokenizer_image.vq_loss import adaptive_weight
 from tokenizer.tokenizer_image.vq_model import build_tokenizer
 from utils import released_weights
-from utils.checkpoint import load_gpt, load_tokenizer
+from utils.checkpoint import export, load_gpt, load_tokenizer, read_export
+from utils.config import to_dict
 from utils.released_weights import KINDS, to_ours, to_released
 
 SHAPE = {"n_head": 4, "grid_size": 4}
@@ -166,6 +168,14 @@ def test_export_gives_back_the_published_file(tmp_path):
         assert all(torch.equal(again[key], weights[key]) for key in weights)
 
 
+def test_variants_the_published_code_lacks_are_not_exported(capsys, tmp_path):
+    """A file without its context MLP would load nowhere: said now, not by the published code."""
+    gpt = GPT(replace(TINY_GPT, context="none", ffn_multiple_of=256))
+    export(tmp_path / "gpt.safetensors", "gpt", gpt.state_dict(), {"model": to_dict(gpt.config), "tokenizer": ""})
+    assert "mlp1" in refused(capsys, released_weights.main, "iar2-gpt", tmp_path, tmp_path / "out.pt", "--export")
+    assert not (tmp_path / "out.pt").exists()
+
+
 def test_imported_files_are_sampled_without_more_flags(tmp_path):
     """Two commands from a published pair of files to an npz; the guidance comes with the checkpoint."""
     torch.manual_seed(0)
@@ -213,7 +223,11 @@ def test_bad_files_are_refused_and_nothing_is_written(capsys, tmp_path, monkeypa
     sentence = refused(capsys, released_weights.main, "iar2-gpt", "good.pt", "out", "--gpt-model", "GPT-B")
     assert "--gpt-model GPT-B" in sentence and "96" in sentence
     assert "--model-args" in refused(capsys, released_weights.main, "iar2-gpt", "good.pt", "out")
-    assert "JSON" in refused(capsys, released_weights.main, "iar2-gpt", "good.pt", "out", "--model-args", "{")
+    for args, part in (("{", "JSON"), ('{"n_head": 5, "grid_size": 4}', "n_head 5"), ('{"n_head": 4, "paradigm": "x"}', "'x'"),
+                       ('{"n_head": 4, "codebook_sizes": 16}', "shape"), ('{"n_head": 4, "colour": 1}', "colour")):
+        assert part in refused(capsys, released_weights.main, "iar2-gpt", "good.pt", "out", "--model-args", args)
+    torch.save(good | {"cls_embedding.embedding_table.weight": torch.zeros(3)}, tmp_path / "flat.pt")
+    assert "2 dimensions" in refused(capsys, released_weights.main, "iar2-gpt", "flat.pt", "out", *MODEL_ARGS)
     assert not (tmp_path / "out").exists() and not (tmp_path / "was-executed").exists()
 
 
@@ -233,10 +247,12 @@ def test_a_training_checkpoint_can_be_loaded(tmp_path):
 def test_codebooks_of_another_size_are_refused(capsys, tmp_path):
     """A published GPT does not say which tokenizer made its codes; the sizes at least must agree."""
     gpt, _ = export_models(tmp_path / "models")
+    description, tensors = read_export(gpt, "gpt", "--gpt-ckpt")
+    export(gpt, "gpt", tensors, description | {"tokenizer": ""})  # as imported
     torch.save({"model": llamagen_vq_arrays()}, tmp_path / "vq.pt")
     call(released_weights.main, "llamagen-vq", tmp_path / "vq.pt", tmp_path / "other")
     capsys.readouterr()
     sentence = refused(capsys, sample_c2i_ddp.main, "--gpt-ckpt", gpt, "--vq-ckpt", tmp_path / "other", "--cfg-scale", 1,
                        "--out", tmp_path / "s.npz", "--device", "cpu")
-    assert "is tokenizer" in sentence or "codebooks" in sentence
+    assert "codebooks (32,)" in sentence and "(8, 16)" in sentence
     assert load_tokenizer(tmp_path / "other").config.codebook_sizes == (32,) and TINY_GPT.codebook_sizes == (8, 16)

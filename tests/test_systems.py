@@ -58,7 +58,7 @@ def runs(world) -> dict[str, Path]:
             "iar": train(world, "iar-gpt", "--code-map", world / "iar" / "code_map.safetensors", "--cluster-weight", 1,
                          "--cluster-size", 4),
             "coarse": train(world, "coarse", "--code-map", world / "ctf" / "coarse_map.safetensors"),
-            "fine": train(world, "fine", "--code-map", world / "ctf" / "fine_map.safetensors", "--paradigm", "fine")}
+            "fine": train(world, "fine", "--code-map", world / "ctf" / "fine_map.safetensors")}
 
 
 def sample_options(gpt: Path, tokenizer: Path, out: Path, *extra) -> list:
@@ -112,6 +112,11 @@ def test_stages_that_do_not_belong_together_are_refused(capsys, world, runs, tmp
     assert "predicts 2 codes" in refused(capsys, train_c2i.main, *wrong, "--paradigm", "grouped")
     assert "--cluster-size 5" in refused(capsys, train_c2i.main, *wrong, "--cluster-weight", 1, "--cluster-size", 5)
     assert "code_map" in refused(capsys, train_c2i.main, *wrong, "--code-map", world / "judge.safetensors")
+    assert "--window-size 3" in refused(capsys, train_c2i.main, *wrong, "--window-size", 3)
+    fine_map = ["--code-map", world / "ctf" / "fine_map.safetensors"]
+    assert "fine labels" in refused(capsys, train_c2i.main, *wrong, *fine_map, "--paradigm", "hierarchical")
+    assert "no second stage" in sentence("coarse", "--fine-ckpt", runs["llamagen"]) or "rearrange.py" in sentence(
+        "coarse", "--fine-ckpt", runs["llamagen"])
 
 
 def test_likelihood_of_the_stages_adds_up(world, runs, tmp_path):
@@ -126,7 +131,10 @@ def test_likelihood_of_the_stages_adds_up(world, runs, tmp_path):
     assert single["nats_token"] == pytest.approx(single["bits_per_image"] * np.log(2) / 16)
     coarse = bits("coarse", "--code-map", world / "ctf" / "coarse_map.safetensors")
     fine = bits("fine", "--code-map", world / "ctf" / "fine_map.safetensors")
-    assert coarse["bits_per_image"] < single["bits_per_image"] and fine["bits_per_image"] == pytest.approx(64, rel=0.15)
+    labels = load_code_map(world / "ctf" / "coarse_map.safetensors").table[:, 0]
+    members = np.bincount(labels)[labels][np.load(world / "codes" / "codes.npy")[:, 0, 0]]  # [48, 16]
+    assert coarse["bits_per_image"] == pytest.approx(16 * 2, rel=0.1)
+    assert fine["bits_per_image"] == pytest.approx(np.log2(members).sum(1).mean(), rel=0.1)
 
 
 def test_a_sweep_draws_each_range_once(world, runs, tmp_path, capsys):
@@ -138,7 +146,7 @@ def test_a_sweep_draws_each_range_once(world, runs, tmp_path, capsys):
                "--guidance", "progressive"]
     call(sweep_c2i.main, *options, "--ranges", "1:2", "2:2")
     figures = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
-    assert set(figures) == {"1:2", "2:2"} and all("frechet" in row for row in figures.values())
+    assert set(figures) == {"1:2", "2:2"} and all("frechet" in row["figures"] for row in figures.values())
     before = (tmp_path / "sweep" / "1-2.npz").stat().st_mtime_ns
     call(sweep_c2i.main, *options, "--ranges", "1:2", "2:2", "1:3")
     assert (tmp_path / "sweep" / "1-2.npz").stat().st_mtime_ns == before
@@ -170,9 +178,11 @@ def test_tables_show_measured_beside_published(tmp_path, capsys):
     for seed, value in ((0, 4.0), (1, 6.0)):
         (tmp_path / "raw.json").write_text(json.dumps({f"alternating-seed{seed}": {"frechet": value, "images": 9}}))
         call(table.main, "merge", tmp_path / "raw.json", "--folder", tmp_path, "--name", f"alternating-seed{seed}")
-    for bits in (10.0, 20.0):
-        (tmp_path / "bits.json").write_text(json.dumps({"bits_per_image": bits}))
-        call(table.main, "merge", tmp_path / "bits.json", "--folder", tmp_path, "--name", "alternating-seed0")
+    for stage, bits in (("coarse", 10.0), ("fine", 20.0)):
+        (tmp_path / f"{stage}.json").write_text(json.dumps({"bits_per_image": bits}))
+    for _ in range(2):  # merging again adds nothing
+        call(table.main, "merge", tmp_path / "coarse.json", tmp_path / "fine.json", "--folder", tmp_path, "--name",
+             "alternating-seed0")
     call(table.main, "show", "--folder", tmp_path, "--table", "5", "--rows", "alternating")
     shown = capsys.readouterr().out
     assert "| alternating | 7.22 | 173.17 | 0.85 | 0.37 | 30.0 | 5.00 ± 1.41 |" in shown

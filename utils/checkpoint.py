@@ -69,7 +69,8 @@ def load_checkpoint(path: Path, state: dict[str, Any], config: dict, processes: 
     """
     saved = json.loads((path / "config.json").read_text())
     remedy = "choose another --run-dir or the options it was started with"
-    require_equal(saved["model"], config["model"], f"checkpoint {path}", "this run's options", remedy)
+    # A field that came after the checkpoint was written had its default then.
+    require_equal(config["defaults"] | saved["model"], config["model"], f"checkpoint {path}", "this run's options", remedy)
     before, now = flatten(saved["options"]), flatten(config["options"])
     fixed = [{name: options.get(name) for name in FIXED_OPTIONS} for options in (before, now)]
     require_equal(*fixed, f"checkpoint {path}", "this run's options", remedy)

@@ -390,10 +390,7 @@ class ImageDataset(torch.utils.data.Dataset):
             return center_crop(image, self.size)
         rng = sample_rng(self.seed, epoch, index)
         flip = rng.random() < 0.5  # drawn first and always: switching the crop off leaves the flips as they were
-        if self.random_crop:
-            image = random_crop(image, self.size, rng, *self.fractions)
-        else:
-            image = center_crop(image, self.size)
+        image = random_crop(image, self.size, rng, *self.fractions) if self.random_crop else center_crop(image, self.size)
         return image[:, ::-1] if flip and self.random_flip else image
 
     def _check_size(self, image: np.ndarray, found: int) -> None:

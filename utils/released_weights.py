@@ -161,38 +161,42 @@ def to_released(kind: Kind, ours: dict[str, Tensor], what: str) -> dict[str, Ten
 
 
 def count(keys: Any, pattern: str) -> int:
-    """One more than the largest number that `pattern`'s group takes among the keys."""
-    return 1 + max((int(match[1]) for key in keys if (match := re.match(pattern, key))), default=-1)
+    """How many numbers `pattern`'s group takes among the keys; gaps show later, as keys that are missing."""
+    return len({match[1] for key in keys if (match := re.match(pattern, key))})
 
 
-def require(tensors: dict[str, Tensor], key: str, what: str) -> Tensor:
-    """A tensor that the shape is read from; raises UserError where it is missing."""
+def require(tensors: dict[str, Tensor], key: str, what: str, dimensions: int) -> Tensor:
+    """A tensor that the shape is read from; raises UserError where it is missing or of other dimensions."""
     if key not in tensors:
         raise UserError(f"{what} lacks the key {key}: it is no file of this KIND.")
+    if tensors[key].ndim != dimensions:
+        raise UserError(f"{what} has {key} of shape {tuple(tensors[key].shape)} but it should have {dimensions} dimensions: "
+                        "it is no file of this KIND.")
     return tensors[key]
 
 
 def tokenizer_shape(tensors: dict[str, Tensor], what: str) -> dict[str, Any]:
     """VQConfig fields that the published tensors tell."""
-    channels = require(tensors, "encoder.conv_in.weight", what).shape[0]
+    channels = require(tensors, "encoder.conv_in.weight", what, 4).shape[0]
     multipliers = {}
     for side in ("encoder", "decoder"):
         first = "{}.conv_blocks.{}.res.0.conv1.weight"
         levels = range(count(tensors, rf"{side}\.conv_blocks\.(\d+)\."))
-        multipliers[side] = [require(tensors, first.format(side, b), what).shape[0] // channels for b in levels]
-    books = [require(tensors, "quantize.embedding.weight", what), tensors.get("quantize.embedding_second")]
+        multipliers[side] = [require(tensors, first.format(side, b), what, 4).shape[0] // channels for b in levels]
+    books = [require(tensors, name, what, 2) for name in ("quantize.embedding.weight", "quantize.embedding_second")
+             if name in tensors or name.endswith(".weight")]
     return {"channels": channels, "encoder_multipliers": multipliers["encoder"],
             "decoder_multipliers": multipliers["decoder"][::-1],  # the decoder begins at the deepest level
-            "latent_channels": require(tensors, "encoder.conv_out.weight", what).shape[0],
+            "latent_channels": require(tensors, "encoder.conv_out.weight", what, 4).shape[0],
             "residual_blocks": count(tensors, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
-            "code_dim": books[0].shape[1], "codebook_sizes": [len(book) for book in books if book is not None]}
+            "code_dim": books[0].shape[1], "codebook_sizes": [len(book) for book in books]}
 
 
 def gpt_shape(tensors: dict[str, Tensor], what: str) -> dict[str, Any]:
     """GPTConfig fields that the published tensors tell; heads and grid are not among them."""
-    classes, dim = require(tensors, "cls_embedding.embedding_table.weight", what).shape
-    tables = [tensors[key] for key in ("tok_embeddings.weight", "tok_embeddings1.weight", "tok_embeddings2.weight")
-              if key in tensors]
+    classes, dim = require(tensors, "cls_embedding.embedding_table.weight", what, 2).shape
+    tables = [require(tensors, key, what, 2) for key in ("tok_embeddings.weight", "tok_embeddings1.weight",
+                                                         "tok_embeddings2.weight") if key in tensors]
     return {"dim": dim, "num_classes": classes - 1, "n_layer": count(tensors, r"layers\.(\d+)\."),
             "codebook_sizes": [len(table) for table in tables]} | (
                 {"head_layers": heads} if (heads := count(tensors, r"factorized_blocks\.(\d+)\.")) else {})
@@ -207,7 +211,7 @@ class ReleasedConfig:
     src: tyro.conf.Positional[Path]
     """File to read; with --export one of ours, or its run folder."""
     dst: tyro.conf.Positional[Path]
-    """File to write, or a folder for gpt.safetensors or tokenizer.safetensors."""
+    """File to write, or a folder for gpt.safetensors or tokenizer.safetensors (with --export KIND.pt)."""
     export: bool = False
     """From our checkpoint to the published key names."""
     gpt_model: str = ""
@@ -254,6 +258,7 @@ def describe_gpt(kind: Kind, config: ReleasedConfig, tensors: dict[str, Tensor],
         raise UserError(f"--image-size {config.image_size} is not a multiple of 16, the tokenizers' downsampling.")
     fields = GPT_models.get(name, {}) | {"grid_size": config.image_size // 16} | seen | kind.fixed
     model = to_dict(from_dict(GPTConfig, fields | parse_model_args(config.model_args)))
+    build(kind, model)
     streams = len(model["codebook_sizes"])
     preset = sampling_preset(name, streams, model["grid_size"]) or sampling_preset("GPT-B", streams, 16)
     log.info("samplers will guide with %s unless told otherwise", preset)
@@ -268,11 +273,14 @@ def describe_tokenizer(kind: Kind, config: ReleasedConfig, tensors: dict[str, Te
 
 def build(kind: Kind, model: dict[str, Any]) -> nn.Module:
     """The model of a description, without memory for its weights; raises UserError for an impossible shape."""
+    if kind.model == "gpt" and (model["dim"] % model["n_head"] or model["dim"] // model["n_head"] % 4):
+        raise UserError(f"n_head {model['n_head']} does not divide width {model['dim']} into heads of a multiple of 4: correct "
+                        "--model-args.")
     try:
         with torch.device("meta"):
             return GPT(from_dict(GPTConfig, model)) if kind.model == "gpt" else VQModel(from_dict(VQConfig, model))
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
-        raise UserError(f"no {kind.model} has the shape {model} ({error}): correct --model-args.") from error
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError, LookupError, AttributeError) as error:
+        raise UserError(f"no {kind.model} has the shape {model} ({error!r}): correct --model-args.") from error
 
 
 def import_weights(config: ReleasedConfig) -> Path:
@@ -301,9 +309,15 @@ def export_weights(config: ReleasedConfig) -> Path:
                 raise UserError(f"{message}: name the KIND it is of.")
             log.warning("%s: the published code will give OTHER LOGITS with these weights", message)
     released = to_released(kind, tensors, what)
-    check_writable(config.dst.parent, "DST")
-    write_state_dict(config.dst, released)
-    return config.dst
+    # Read back as the published shape: a variant of ours that the published code does not have is noticed here.
+    describe = gpt_shape if kind.model == "gpt" else tokenizer_shape
+    kept = {name: description["model"][name] for name in ("n_head", "grid_size") if name in description["model"]}
+    fields = describe(released, what) | kind.fixed | kept
+    to_ours(kind, released, build(kind, to_dict(from_dict(GPTConfig if kind.model == "gpt" else VQConfig, fields))), what)
+    path = config.dst / f"{config.kind}.pt" if config.dst.is_dir() else config.dst
+    check_writable(path.parent, "DST")
+    write_state_dict(path, released)
+    return path
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from autoregressive.models.generate import draw_codes, filter_logits
+from autoregressive.models.generate import pick_codes
 from autoregressive.models.gpt import GPT
 
 
@@ -46,6 +46,6 @@ def refine(gpt: GPT, labels: Tensor, coarse: Tensor, options: FineOptions, unifo
         logits = gpt(labels, coarse)[0].float()
     if options.fine_candidates == "cluster":
         logits = logits.masked_fill(coarse_of != coarse[:, 0, :, None], -torch.inf)
-    logits = filter_logits(logits.flatten(0, 1), options.fine_top_k, 1.0)          # [B N, K]
-    codes = draw_codes(logits, uniforms.to(logits.device).flatten(), options.fine_temperature)
+    uniforms = uniforms.to(logits.device).flatten()                                # [B N]
+    codes = pick_codes(logits.flatten(0, 1), uniforms, options.fine_temperature, options.fine_top_k, 1.0)
     return codes.view_as(coarse)

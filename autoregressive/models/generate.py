@@ -79,7 +79,7 @@ class SamplingOptions:
     cfg_attention_weight: float = 0.05
     """w of the attention schedule (released range 0.05 to 0.1)."""
     cfg_interval: int = -1
-    """Guide only trunk steps up to this one (LlamaGen); -1 guides all."""
+    """Guide only the first and as many more trunk steps as this plus one (LlamaGen); -1 guides all."""
     temperature: tuple[float, ...] = (1.0,)
     """Softmax temperature, one value or one a stream; 0 takes the likeliest code."""
     top_k: tuple[int, ...] = (0,)
@@ -143,14 +143,19 @@ def draw_uniforms(seed: int, samples: np.ndarray, streams: int, cells: int) -> T
     return torch.from_numpy(np.stack(draws))
 
 
-def draw_codes(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
+def draw_codes(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Invert the cumulative distribution: logits [B, K] and uniforms [B] -> codes [B]."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    cumulative = (logits / temperature).softmax(-1).cumsum(-1)                     # [B, K]
+    cumulative = logits.softmax(-1).cumsum(-1)                                     # [B, K]
     # Scaled by the last entry, which rounding may leave beside 1, so that no draw falls behind it.
     target = uniforms[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
+
+
+def pick_codes(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Temperature, then the filters, then the draw, in LlamaGen's order: logits [B, K], uniforms [B] -> codes [B]."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    return draw_codes(filter_logits(logits / temperature, top_k, top_p), uniforms)
 
 
 class Sampler:
@@ -180,15 +185,14 @@ class Sampler:
         if self.guided:
             conditional, unconditional = logits.chunk(2)
             logits = self.guide(conditional, unconditional, stream)
-        logits = filter_logits(logits, self.top_k[stream], self.top_p[stream])
         uniforms = self.uniforms[:, stream, self.drawn[stream]]
         self.drawn[stream] += 1
-        codes = draw_codes(logits, uniforms, self.temperature[stream])
+        codes = pick_codes(logits, uniforms, self.temperature[stream], self.top_k[stream], self.top_p[stream])
         return torch.cat([codes, codes]) if self.guided else codes
 
     def guide(self, conditional: Tensor, unconditional: Tensor, stream: int) -> Tensor:
         """Mix the two branches [B, K] with the scale of this step and stream."""
-        if -1 < self.options.cfg_interval < self.step:
+        if -1 < self.options.cfg_interval < self.step - 1:  # LlamaGen counts from the second token on
             return conditional
         start, end = self.ranges[stream]
         scale = GUIDANCE[self.options.guidance](start, end, self.step, self.steps, self.attention,

@@ -162,7 +162,7 @@ class GPT(nn.Module):
         """Rotary rows of all trunk positions [T, D/H/2, 2]; the class token's row is zero in cosine and sine."""
         config = self.config
         table = rotary_table(config.grid_size, config.dim // config.n_head, config.rotary_base)
-        rows = table[self.paradigm.cells]
+        rows = table.to(self.paradigm.cells.device)[self.paradigm.cells]
         return torch.cat([torch.zeros_like(rows[:1]), rows])
 
     def init_weights(self) -> None:

@@ -66,6 +66,13 @@ class Pipeline:
         if self.fine is not None:
             seen, expected = self.gpt.extra["tokenizer"], self.fine.extra.get("coarse")
             giver, option = self.fine, f"--fine-ckpt {models.fine_ckpt}"
+            if giver.config.paradigm != "fine":
+                raise UserError(f"{option} is no second stage but predicts by the {giver.config.paradigm} paradigm: give the GPT "
+                                "that was trained with rearrange.py's fine_map.")
+            for name in ("grid_size", "num_classes"):
+                if getattr(giver.config, name) != getattr(self.gpt.config, name):
+                    raise UserError(f"{option} has {name} {getattr(giver.config, name)} but --gpt-ckpt {models.gpt_ckpt} has "
+                                    f"{getattr(self.gpt.config, name)}: give two stages of one size.")
             if seen != expected:
                 raise UserError(f"--gpt-ckpt {models.gpt_ckpt} predicts {seen} but {option} refines {expected}: give two stages "
                                 "trained with the maps of one rearrange.py run.")

@@ -104,12 +104,16 @@ def sweep(config: SweepConfig, processes: Processes) -> dict[str, dict[str, floa
         pipeline.sampling = sampling
         out = config.folder / f"{text.replace(':', '-')}.npz"
         write_samples(replace(base, sampling=sampling, out=out), pipeline, None, processes)
-        if processes.is_main and text not in results:
-            results[text] = evaluate(out)
-            results_file.write_text(json.dumps(results, indent=1))
-            log.info("%s: %s", text, "  ".join(f"{name} {value:.4g}" for name, value in results[text].items() if value))
+        if processes.is_main:
+            with np.load(out) as data:  # what the figures are of: other samples or another reference are judged anew
+                about = {"samples": str(data["options"]), "reference": str(config.reference), "judge": config.judge}
+            if results.get(text, {}).get("of") != about:
+                results[text] = {"figures": evaluate(out), "of": about}
+                results_file.write_text(json.dumps(results, indent=1))
+                shown = results[text]["figures"].items()
+                log.info("%s: %s", text, "  ".join(f"{name} {value:.4g}" for name, value in shown if value))
         processes.barrier()
-    return {text: results[text] for text in config.ranges} if processes.is_main else {}
+    return {text: results[text]["figures"] for text in config.ranges} if processes.is_main else {}
 
 
 def write_table(results: dict[str, dict[str, float]], path: Path) -> None:

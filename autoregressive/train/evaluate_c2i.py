@@ -68,8 +68,14 @@ def open_codes(config: EvaluateConfig, gpt: GPT) -> CodeDataset:
 
 @torch.inference_mode()
 def stream_nats(gpt: GPT, labels: Tensor, codes: Tensor) -> Tensor:
-    """Sums over cells of the cross-entropy: labels [B], codes [B, C, N] -> [B, C'] nats of the predicted streams."""
+    """Sums over cells of the cross-entropy: labels [B], codes [B, C, N] -> [B, C'] nats of the predicted streams.
+
+    A second stage is scored among the members of the coarse clusters it is given, which makes its code a proper one.
+    """
     logits, targets = gpt(labels, codes), gpt.paradigm.targets(codes)
+    if "coarse_of" in gpt.extra:
+        coarse_of = torch.tensor(gpt.extra["coarse_of"], device=codes.device)
+        logits = [stream.masked_fill(coarse_of != codes[:, 0, :, None], -torch.inf) for stream in logits]
     return torch.stack([F.cross_entropy(stream.float().transpose(1, 2), target, reduction="none").sum(1)
                         for stream, target in zip(logits, targets.unbind(1), strict=True)], dim=1)
 

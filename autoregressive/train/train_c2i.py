@@ -66,7 +66,7 @@ class GPTOptions:
     codebook_sizes: tuple[int, ...] = ()
     """Codes of each codebook; empty: those of the codes in --code-path (after --code-map)."""
     paradigm: Literal["auto", "single", "alternating", "grouped", "independent", "hierarchical", "fine"] = "auto"
-    """Prediction paradigm (table 5); auto: single for one codebook, hierarchical for two; fine: CTF's second stage."""
+    """Prediction paradigm (table 5); auto: single for one codebook, hierarchical for two, fine for a map of fine labels."""
     context: Literal["compressed", "concatenated", "none"] = "compressed"
     """Local context of the hierarchical head (table 6)."""
     head_layers: int = 0
@@ -177,7 +177,27 @@ def known_codebooks(config: TrainConfig) -> tuple[int, ...]:
     return tuple(open_codes(config)[0].codebook_sizes)
 
 
-def gpt_config(options: GPTOptions, codebook_sizes: tuple[int, ...]) -> GPTConfig:
+def choose_paradigm(options: GPTOptions, codebook_sizes: tuple[int, ...], code_map: CodeMap | None) -> str:
+    """The paradigm for codes of the given codebooks; raises UserError where it does not go with codes or options."""
+    fine = code_map is not None and bool(code_map.coarse)
+    paradigm = options.paradigm
+    if paradigm == "auto":
+        paradigm = "fine" if fine else "single" if len(codebook_sizes) == 1 else "hierarchical"
+    if PARADIGMS[paradigm][1] != len(codebook_sizes):
+        raise UserError(f"--paradigm {paradigm} predicts {PARADIGMS[paradigm][1]} codes a cell but there are "
+                        f"{len(codebook_sizes)} codebooks, {codebook_sizes}: choose a paradigm or codes that fit.")
+    if fine != (paradigm == "fine"):
+        raise UserError(f"--paradigm {paradigm} does not go with --code-map {'of fine labels' if fine else 'of other codes'}: "
+                        "the fine paradigm needs rearrange.py's fine_map, and that map the fine paradigm.")
+    default = GPTOptions()
+    for name in ("window_size", "head_layers", "head_rotary"):
+        if paradigm != "hierarchical" and getattr(options, name) != getattr(default, name):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} is of the hierarchical head, which --paradigm "
+                            f"{paradigm} has not: leave it out.")
+    return paradigm
+
+
+def gpt_config(options: GPTOptions, codebook_sizes: tuple[int, ...], code_map: CodeMap | None = None) -> GPTConfig:
     """The model that the options describe, for codes of the given codebooks; raises UserError for values that fit none."""
     if options.gpt_model not in GPT_models:
         raise UserError(f"--gpt-model {options.gpt_model} is unknown: choose one of {', '.join(GPT_models)}.")
@@ -186,15 +206,10 @@ def gpt_config(options: GPTOptions, codebook_sizes: tuple[int, ...]) -> GPTConfi
                         f"{options.downsample_size}.")
     if options.window_size < 3 or options.window_size % 2 == 0:
         raise UserError(f"--window-size {options.window_size} must be odd and at least 3.")
-    paradigm = options.paradigm
-    if paradigm == "auto":
-        paradigm = "single" if len(codebook_sizes) == 1 else "hierarchical"
-    if PARADIGMS[paradigm][1] != len(codebook_sizes):
-        raise UserError(f"--paradigm {paradigm} predicts {PARADIGMS[paradigm][1]} codes a cell but there are "
-                        f"{len(codebook_sizes)} codebooks, {codebook_sizes}: choose a paradigm or codes that fit.")
     shape = GPT_models[options.gpt_model] | ({"head_layers": options.head_layers} if options.head_layers else {})
     return GPTConfig(
-        **shape, num_classes=options.num_classes, codebook_sizes=codebook_sizes, paradigm=paradigm,
+        **shape, num_classes=options.num_classes, codebook_sizes=codebook_sizes,
+        paradigm=choose_paradigm(options, codebook_sizes, code_map),
         context=options.context, grid_size=options.image_size // options.downsample_size, window_size=options.window_size,
         token_dropout=options.dropout, resid_dropout=options.dropout, ffn_dropout=options.dropout,
         class_dropout=options.class_dropout, rotary=options.rotary, head_rotary=options.head_rotary)
@@ -322,14 +337,16 @@ def export_gpt(training: Training, run: Run, step: int) -> None:
 def train(config: TrainConfig, processes: Processes) -> None:
     """Train to the end, resuming where an earlier run of the same folder stopped."""
     header, code_map = open_codes(config)
-    model_config = gpt_config(config.gpt, tuple(header.codebook_sizes))
+    model_config = gpt_config(config.gpt, tuple(header.codebook_sizes), code_map)
     check_codes(config, model_config, header)
     check_objective(config.objective, header.codebook_sizes)
     micro, accumulation = split_batch(config.global_batch_size, config.micro_batch_size, processes.world_size)
     dataset = CodeDataset(config.code_path, config.run.seed, code_map.apply if code_map else None)
     probe = GlobalBatches(len(dataset), config.global_batch_size, micro, 0, 1, 0, 0, 0)
     total_steps = config.steps or int(config.epochs * probe.steps_per_epoch)
-    run = Run(config.run, {"model": to_dict(model_config) | {"tokenizer": header.tokenizer}, "options": to_dict(config),
+    coarse = {"coarse": code_map.coarse if code_map else ""}
+    run = Run(config.run, {"model": to_dict(model_config) | {"tokenizer": header.tokenizer} | coarse,
+                           "defaults": to_dict(GPTConfig()) | {"coarse": ""}, "options": to_dict(config),
                            "export": describe(config, model_config, header, code_map)}, processes, total_steps)
     training = set_up(config, model_config, processes)
     log.info("%s: %.1fM parameters, %d steps of %d images, %s on %d processes", config.gpt.gpt_model,
@@ -361,7 +378,8 @@ def print_dry_run(config: TrainConfig, processes: Processes) -> None:
     """Resolved options, parameter count and an estimate of memory per device."""
     model_config = gpt_config(config.gpt, known_codebooks(config))
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in GPT(model_config).parameters())
+        gpt = GPT(model_config)
+    parameters, head = sum(p.numel() for p in gpt.parameters()), getattr(gpt.paradigm, "head", None)
     micro, accumulation = split_batch(config.global_batch_size, config.micro_batch_size, processes.world_size)
     shards = {"fsdp": processes.world_size, "hsdp": shard_group(config.shard_size)}.get(config.data_parallel, 1)
     # float32 weights, gradients and two moments, and the average where kept; gradients of accumulated micro-batches
@@ -371,11 +389,11 @@ def print_dry_run(config: TrainConfig, processes: Processes) -> None:
     bf16 = 2 if uses_bf16(config, processes.device) else 4
     # Kept for the backward pass, in multiples of D a token and layer: 2 norms, q, k, v, attention output, residuals
     # about 10; SwiGLU 4 x 2.7; head layers hold C + 1 slots a cell.  Checkpointing keeps the input alone.
-    slots = len(model_config.codebook_sizes) + 1
-    layers = model_config.n_layer + model_config.head_layers * slots
+    head_positions = 0 if head is None else model_config.cells * head.slots * model_config.head_layers
+    positions = len(gpt.rotary) * model_config.n_layer + head_positions
     width = 1 if config.activation_checkpointing else 21
-    activations = micro * model_config.cells * (layers * width * model_config.dim * bf16
-                                                + sum(model_config.codebook_sizes) * (bf16 + 4))
+    activations = micro * (positions * width * model_config.dim * bf16
+                           + model_config.cells * sum(model_config.codebook_sizes) * (bf16 + 4))
     for name, value in to_dict(config).items():
         for key, inner in (value.items() if isinstance(value, dict) else [(name, value)]):
             print(f"  {key:26} {inner}")

@@ -2,6 +2,7 @@
 #   TOY=1        bundled images (Fashion-MNIST), a tiny GPT, minutes on two CPU cores; otherwise ImageNet at the paper's scale
 #   OUT          where everything goes; default runs/paper, runs/paper-toy
 #   DATA, VAL    full scale: ImageNet's train and val folders;  REFERENCE: ADM's VIRTUAL_imagenet256_labeled.npz
+#   MODEL, SIZE, EPOCHS   full scale: GPT-B, 384 and 100 unless said otherwise;  NPROC: processes, the GPUs seen
 #   TOY_SECONDS  toy: training time of a GPT (45);  SEED: of GPT training and sampling (0)
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 cd "$REPOSITORY"
@@ -21,20 +22,24 @@ if [ "$TOY" = 1 ]; then
     SAMPLE=(--per-class 100 --batch-size 250 --seed "$SEED")
     AUGMENTATION=none EVAL=()
     SEMANTIC=128 DETAIL=512 SINGLE=2048 CLUSTERS=32 COARSE=128  # codebooks: semantic, detail, single; IAR's, CTF's clusters
-    RANGE="2 4" CONSTANT=3
+    RANGE="2 4" CONSTANT=3 PRESET_ONE=(--guidance constant --cfg-scale 3) PRESET_TWO=(--cfg-scale 2 4)
+    VARIANT=""
 else
     OUT="${OUT:-runs/paper}" DATA="${DATA:?DATA: ImageNet train folder}" VAL="${VAL:?VAL: ImageNet val folder}"
     REFERENCE="${REFERENCE:?REFERENCE: VIRTUAL_imagenet256_labeled.npz}"
-    SIZE="${SIZE:-384}"
+    MODEL="${MODEL:-GPT-B}" SIZE="${SIZE:-384}" EPOCHS="${EPOCHS:-100}"
+    export NPROC="${NPROC:-$("$PYTHON" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}"
     IMAGES=(--image-size 256)
     TOKENIZER=("${IMAGES[@]}")
-    GPT=(--gpt-model "${MODEL:-GPT-B}" --image-size "$SIZE" --epochs "${EPOCHS:-100}" --seed "$SEED")
+    GPT=(--gpt-model "$MODEL" --image-size "$SIZE" --epochs "$EPOCHS" --seed "$SEED")
     SAMPLE=(--image-size-eval 256 --seed "$SEED")
     AUGMENTATION=ten-crop EVAL=()
     SEMANTIC=256 DETAIL=4096 SINGLE=16384 CLUSTERS=128 COARSE=512
-    RANGE="1.75 3" CONSTANT=2
+    RANGE="1.75 3" CONSTANT=2 PRESET_ONE=() PRESET_TWO=()  # the ablations' guidance; empty: what the checkpoint carries
+    VARIANT="-${MODEL#GPT-}-$SIZE-$EPOCHS"                 # runs and figures of other sizes and lengths are others
 fi
-FIGURES="$OUT/figures/$(basename "$0" .sh)" SAMPLES="$OUT/samples/$(basename "$0" .sh)"  # rows of two tables may share a name
+# Rows of two tables may share a name.
+FIGURES="$OUT/figures/$(basename "$0" .sh)$VARIANT" SAMPLES="$OUT/samples/$(basename "$0" .sh)$VARIANT"
 mkdir -p "$FIGURES" "$SAMPLES"
 
 # classifiers: toy: the tokenizer's teacher and the judge of samples, as in the quickstart
@@ -92,17 +97,21 @@ print(max(int($seconds * rates[-1] / 128), 20))"
 # gpt NAME CODES OPTIONS...: train a GPT; toy: for TOY_SECONDS, or TIME where a script sets it
 gpt() {
     local name="$1" code_path="$OUT/codes/$2"; shift 2
-    local run="$OUT/gpt/$name" length=()
+    local run="$OUT/gpt/$name$VARIANT" options=("${GPT[@]}")
     if [ "$TOY" = 1 ]; then
-        [ -e "$run/steps" ] || { mkdir -p "$run"; steps_in "${TIME:-$TOY_SECONDS}" "$code_path" "$@" > "$run/steps"; }
-        length=(--steps "$(cat "$run/steps")")
+        if [ ! -e "$run/steps" ]; then
+            mkdir -p "$run"
+            steps_in "${TIME:-$TOY_SECONDS}" "$code_path" "$@" > "$run/.steps"
+            mv "$run/.steps" "$run/steps"
+        fi
+        options+=(--steps "$(cat "$run/steps")")
     fi
-    bash scripts/autoregressive/train_c2i.sh --code-path "$code_path" --run-dir "$run" "${GPT[@]}" "${length[@]}" "$@"
+    bash scripts/autoregressive/train_c2i.sh --code-path "$code_path" --run-dir "$run" "${options[@]}" "$@"
 }
 
 # score NAME GPT TOKENIZER OPTIONS...: sample and evaluate; figures go to FIGURES/NAME.json
 score() {
-    local name="$1" gpt="$OUT/gpt/$2" tokenizer="$3"; shift 3
+    local name="$1" gpt="$OUT/gpt/$2$VARIANT" tokenizer="$3" rate; shift 3
     local npz="$SAMPLES/$name.npz"
     [ -e "$FIGURES/$name.scored" ] && return 0
     launch autoregressive/sample/sample_c2i_ddp.py --gpt-ckpt "$gpt" --vq-ckpt "$(vq "$tokenizer")" "${SAMPLE[@]}" \
@@ -113,17 +122,22 @@ score() {
     else
         "$PYTHON" evaluations/c2i/evaluator.py "$REFERENCE" "$npz" --json "$SAMPLES/$name.judged.json"
     fi
-    figures "$name" "$SAMPLES/$name.judged.json" "$SAMPLES/$name.rate.json"
+    rate="$SAMPLES/$name.rate.json"  # missing where samples were selected, or their drawing was interrupted
+    figures "$name" "$SAMPLES/$name.judged.json" $([ ! -e "$rate" ] || echo "$rate")
     touch "$FIGURES/$name.scored"
 }
 
-# likelihood NAME GPT CODES OPTIONS...: bits an image on held-out codes, added to the figures of NAME
+# likelihood NAME "GPT..." CODES "OPTIONS"...: bits an image on held-out codes; of several stages the sum, options of each in turn
 likelihood() {
-    local name="$1" gpt="$OUT/gpt/$2" code_path="$OUT/codes/$3-val"; shift 3
-    [ -e "$FIGURES/$name.$(basename "$gpt").bits" ] && return 0
-    launch autoregressive/train/evaluate_c2i.py --gpt-ckpt "$gpt" --code-path "$code_path" --out "$gpt/bits.json" "$@"
-    figures "$name" "$gpt/bits.json"
-    touch "$FIGURES/$name.$(basename "$gpt").bits"
+    local name="$1" gpts="$2" code_path="$OUT/codes/$3-val" files=() gpt; shift 3
+    for gpt in $gpts; do
+        gpt="$OUT/gpt/$gpt$VARIANT"
+        [ -e "$gpt/bits.json" ] || launch autoregressive/train/evaluate_c2i.py --gpt-ckpt "$gpt" --code-path "$code_path" \
+            --out "$gpt/bits.json" ${1:-}
+        files+=("$gpt/bits.json")
+        [ $# = 0 ] || shift
+    done
+    figures "$name" "${files[@]}"
 }
 
 # reconstruct NAME TOKENIZER: PSNR, SSIM, LPIPS, usage, and at full scale rFID

@@ -6,7 +6,7 @@ seeds="${SEEDS:-0 1 2}" systems="${SYSTEMS:-llamagen iar ctf iar2 alternating gr
 source "$(dirname "$0")/common.sh"
 source "$(dirname "$0")/systems.sh"
 for paradigm in alternating grouped independent hierarchical; do
-    eval "$paradigm() { dual_row \"\$1\" \"--cfg-scale $RANGE\" --paradigm $paradigm --context none; }"
+    eval "$paradigm() { dual_row \"\$1\" --paradigm $paradigm --context none; }"
 done
 tokenizers
 reconstruct single single

@@ -4,8 +4,13 @@ source "$(dirname "$0")/common.sh"
 [ "$TOY" = 1 ] && sizes=(64 256 1024 2048) || sizes=(1024 4096 16384 65536)
 rows=()
 for size in "${sizes[@]}" dual; do
-    [ "$size" = dual ] && tokenizer dual dual $SEMANTIC $DETAIL || tokenizer "single-$size" single "$size"
-    [ "$size" = dual ] && name=dual || name="single-$size"
+    if [ "$size" = dual ]; then
+        name=dual
+        tokenizer dual dual $SEMANTIC $DETAIL
+    else
+        name="single-$size"
+        tokenizer "$name" single "$size"
+    fi
     reconstruct "$name" "$name"
     codes "$name"
     gpt "figure4-$name" "$name"

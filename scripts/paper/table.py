@@ -50,16 +50,19 @@ class TableConfig:
 
 
 def merge(config: TableConfig) -> None:
-    """Add figures to a row; bits an image of several stages add up."""
+    """Add figures to a row; bits an image of several files, the stages of one system, add up."""
     path = config.folder / f"{config.name}.json"
-    row = json.loads(path.read_text()) if path.exists() else {}
+    row, bits = json.loads(path.read_text()) if path.exists() else {}, 0.0
     for file in config.files:
         found = json.loads(check_exists(file, "FILE", "a JSON file of figures").read_text())
         found = found.get(config.name, found)  # a judge's file holds several sets by name
         for name, value in found.items():
             name = config.prefix + name
-            if name in COLUMNS and isinstance(value, (int, float)):
-                row[name] = value + (row.get(name, 0) if name == "bits_per_image" else 0)
+            if name == "bits_per_image":
+                bits += value
+                row[name] = bits
+            elif name in COLUMNS and isinstance(value, (int, float)):
+                row[name] = value
     path.write_text(json.dumps(row, indent=1))
 
 
@@ -83,9 +86,7 @@ def cell(values: list[float] | None, digits: int) -> str:
 def markdown(config: TableConfig) -> str:
     """The table: label, published columns, measured columns."""
     published = json.loads(PUBLISHED.read_text())
-    if config.table not in published:
-        raise UserError(f"--table {config.table} is unknown: choose one of {', '.join(published)}.")
-    source = published[config.table]
+    source = published.get(config.table, {"title": f"Table {config.table} (nothing published)", "columns": [], "rows": {}})
     measured = {row: read_row(config.folder, row) for row in config.rows}
     names = [name for name in COLUMNS if any(name in figures for figures in measured.values())]
     head = ["", *(f"{column} (published)" for column in source["columns"]), *(name.replace("_", " ") for name in names)]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Table 8: constant, progressive, and progressive attention-guided CFG of one IAR2 (B, 300 epochs; EPOCHS=100 for the other half).
+EPOCHS="${EPOCHS:-300}"
 source "$(dirname "$0")/common.sh"
-[ "$TOY" = 1 ] || GPT+=(--epochs "${EPOCHS:-300}")
 tokenizer dual dual $SEMANTIC $DETAIL
 codes dual
 gpt iar2 dual

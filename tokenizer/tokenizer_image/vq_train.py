@@ -36,7 +36,7 @@ from tokenizer.tokenizer_image.evaluate import evaluate_tokenizer, reconstructio
 from tokenizer.tokenizer_image.perceptual import PerceptualNet, build_perceptual
 from tokenizer.tokenizer_image.quantizer import QUANTIZERS, Quantized
 from tokenizer.tokenizer_image.vq_loss import RECIPES, TokenizerLoss
-from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel, build_tokenizer
+from tokenizer.tokenizer_image.vq_model import VQ_models, VQConfig, VQModel, build_tokenizer
 from utils.batches import GlobalBatches, ImageOptions, train_loader
 from utils.checkpoint import export, fingerprint, initialise_optimizer, load_weights, read_export
 from utils.config import UserError, check_writable, parse, run_main, to_dict
@@ -357,7 +357,8 @@ def train(config: VQTrainConfig, processes: Processes) -> None:
     total_steps = config.steps or config.epochs * probe.steps_per_epoch
     training = set_up(config, processes)
     model = training.model
-    run = Run(config.run, {"model": to_dict(model.config) | {"stage": config.stage}, "options": to_dict(config)},
+    run = Run(config.run, {"model": to_dict(model.config) | {"stage": config.stage}, "defaults": to_dict(VQConfig()),
+                           "options": to_dict(config)},
               processes, total_steps)
     state, first_step = run.resume(training.state())
     if state is not None:
