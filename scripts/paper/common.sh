@@ -86,7 +86,7 @@ rearrange() {
 steps_in() {
     local seconds="$1" code_path="$2" probe; shift 2
     probe="$(mktemp -d)"
-    bash scripts/autoregressive/train_c2i.sh --code-path "$code_path" --run-dir "$probe" "${GPT[@]}" "$@" --steps 40 >&2
+    bash scripts/autoregressive/train_c2i.sh --code-path "$code_path" --run-dir "$probe" "${GPT[@]}" "$@" --steps 20 --log-every 10 >&2
     "$PYTHON" -c "
 import json
 rates = [json.loads(line)['images_per_second'] for line in open('$probe/metrics.jsonl')]
