@@ -292,9 +292,9 @@ def test_sampling_in_two_processes_equals_one_and_survives_a_crash(models, tmp_p
 def test_config_errors_are_user_errors(codes, tmp_path):
     """Options that fit no model are refused before anything is built."""
     with pytest.raises(UserError, match="must be odd"):
-        train_c2i.gpt_config(GPTOptions(window_size=4))
+        train_c2i.gpt_config(GPTOptions(window_size=4), (256, 4096))
     with pytest.raises(UserError, match="unknown"):
-        train_c2i.gpt_config(GPTOptions(gpt_model="GPT-Q"))
+        train_c2i.gpt_config(GPTOptions(gpt_model="GPT-Q"), (256, 4096))
 
 
 def test_revival_counts_survive_a_checkpoint_of_two_processes(stage_one, tmp_path):
