@@ -92,7 +92,8 @@ def draw(curves: list[dict], config: PlotConfig) -> Figure:
     axis = figure.subplots()
     for index, curve in enumerate(curves):
         axis.plot(curve["steps"], curve["values"], color=f"C{index}", alpha=0.25, linewidth=1)
-        axis.plot(curve["steps"], curve["smoothed"], color=f"C{index}", linewidth=1.8, label=curve["name"])
+        marker = "o" if len(curve["steps"]) < 10 else None  # a line through one point shows nothing
+        axis.plot(curve["steps"], curve["smoothed"], color=f"C{index}", linewidth=1.8, marker=marker, label=curve["name"])
     axis.set(xlabel="step", ylabel=config.metric, xscale="log" if config.log_x else "linear")
     axis.grid(alpha=0.3, which="both")
     axis.legend()
