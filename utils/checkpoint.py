@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -158,15 +159,21 @@ def read_checkpoint(path: Path, kind: str, option: str, tensors: bool) -> tuple[
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], option: str) -> None:
     """Load tensors into a model, total in both directions; raises UserError naming the first key that does not fit."""
+    require_tensors(model, tensors, option, "give a file that fits")
+    model.load_state_dict(tensors)
+
+
+def require_tensors(model: nn.Module, tensors: dict[str, Tensor], what: str, remedy: str,
+                    called: Callable[[str], str | None] = str) -> None:
+    """Raise UserError unless tensors have exactly the model's keys and shapes; called: a key's name in the message."""
     expected = model.state_dict()
     for name in sorted(set(expected) ^ set(tensors)):
-        raise UserError(f"{option}: key {name} is {'missing' if name in expected else 'unknown'}: "
-                        "the file is of another model.")
+        raise UserError(f"{what} {'lacks' if name in expected else 'has an unknown'} key {called(name)}: it is of another model, "
+                        f"{remedy}.")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
-            raise UserError(f"{option}: {name} has shape {tuple(tensor.shape)} but the model needs "
-                            f"{tuple(expected[name].shape)}: the file is of another size.")
-    model.load_state_dict(tensors)
+            raise UserError(f"{what} has {called(name)} of shape {tuple(tensor.shape)} but the model needs "
+                            f"{tuple(expected[name].shape)}: it is of another size, {remedy}.")
 
 
 def load_gpt(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,

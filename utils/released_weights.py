@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from autoregressive.models.generate import sampling_preset
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
-from utils.checkpoint import export, fingerprint, read_export
+from utils.checkpoint import export, fingerprint, read_export, require_tensors
 from utils.config import UserError, check_writable, from_dict, parse, run_main, to_dict
 from utils.released_files import read_state_dict, write_state_dict
 
@@ -143,14 +143,7 @@ def to_ours(kind: Kind, released: dict[str, Tensor], model: nn.Module, what: str
     """Published tensors under our names, float32; raises UserError naming the first key that does not fit `model`."""
     weights = {key: tensor for key, tensor in released.items() if key not in kind.usage_buffers}
     renamed, published = rename(weights, kind.table, what), translator(reverse(kind.table))
-    expected = model.state_dict()
-    for name in sorted(set(expected) ^ set(renamed)):
-        raise UserError(f"{what} {'lacks' if name in expected else 'has'} the key {published(name)}: it is of another model, "
-                        "or --gpt-model or --model-args describe another one.")
-    for name, tensor in renamed.items():
-        if tensor.shape != expected[name].shape:
-            raise UserError(f"{what} has {published(name)} of shape {tuple(tensor.shape)} but the model needs "
-                            f"{tuple(expected[name].shape)}: choose --gpt-model or --model-args that fit the file.")
+    require_tensors(model, renamed, what, "choose KIND, --gpt-model or --model-args that fit the file", published)
     return {name: tensor.float() for name, tensor in renamed.items()}
 
 

@@ -155,6 +155,17 @@ reconstruct() {
     touch "$FIGURES/$1.reconstructed"
 }
 
+# sweep FOLDER OPTIONS...: guidance ranges of one IAR2 on the dual codebook, the models loaded once
+sweep() {
+    local folder="$OUT/$1$VARIANT" evaluate=(--reference "${REFERENCE:-$VAL}"); shift
+    tokenizer dual dual $SEMANTIC $DETAIL
+    codes dual
+    gpt iar2 dual
+    [ "$TOY" != 1 ] || evaluate+=(--judge "$OUT/judge.safetensors")
+    launch autoregressive/sample/sweep_c2i.py --gpt-ckpt "$OUT/gpt/iar2$VARIANT" --vq-ckpt "$(vq dual)" "${SAMPLE[@]}" \
+        --folder "$folder" "${evaluate[@]}" "$@"
+}
+
 # figures NAME FILE...: merge figures into FIGURES/NAME.json;  table N ROW...: print and keep the table of such rows
 figures() { "$PYTHON" scripts/paper/table.py merge --folder "$FIGURES" --name "$@"; }
 table() { "$PYTHON" scripts/paper/table.py show --folder "$FIGURES" --table "$1" --rows "${@:2}"; }

@@ -2,12 +2,7 @@
 # Table 9: a grid of guidance ranges from one IAR2 (B), the models loaded once.
 EPOCHS="${EPOCHS:-300}"
 source "$(dirname "$0")/common.sh"
-tokenizer dual dual $SEMANTIC $DETAIL
-codes dual
-gpt iar2 dual
-[ "$TOY" = 1 ] && evaluate=(--reference "$VAL" --judge "$OUT/judge.safetensors") || evaluate=(--reference "$REFERENCE")
-launch autoregressive/sample/sweep_c2i.py --gpt-ckpt "$OUT/gpt/iar2" --vq-ckpt "$(vq dual)" "${SAMPLE[@]}" \
-    --folder "$OUT/table9$VARIANT" "${evaluate[@]}" "$@"
+sweep table9 "$@"
 "$PYTHON" - "$OUT/table9$VARIANT/sweep.json" "$FIGURES" <<'CODE'
 import json, pathlib, sys
 for text, entry in json.loads(pathlib.Path(sys.argv[1]).read_text()).items():
