@@ -4,6 +4,7 @@ set -euo pipefail
 REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 has_requirements() {
+    [ "${REQUIREMENTS_MET_BY:-}" != "$1" ] || return 0  # a script that called this one has looked
     "$1" - >/dev/null 2>&1 <<'CHECK'
 import sys
 assert sys.version_info >= (3, 11)
@@ -41,4 +42,4 @@ launch() {
 }
 
 find_python
-export PYTHON
+export PYTHON REQUIREMENTS_MET_BY="$PYTHON"

@@ -3,16 +3,13 @@
 # by a small classifier, samples a second.  SEEDS="0 1 2"; TOY_SECONDS: training time of each; SYSTEMS: which.
 export TOY=1
 seeds="${SEEDS:-0 1 2}" systems="${SYSTEMS:-llamagen iar ctf iar2 alternating grouped independent hierarchical}"
+SCRIPT=compare
 source "$(dirname "$0")/common.sh"
 source "$(dirname "$0")/systems.sh"
-for paradigm in alternating grouped independent hierarchical; do
-    eval "$paradigm() { dual_row \"\$1\" --paradigm $paradigm --context none; }"
-done
 tokenizers
-reconstruct single single
-reconstruct dual dual
-for seed in $seeds; do
-    GPT+=(--seed "$seed") SAMPLE+=(--seed "$seed")
-    for system in $systems; do "$system" "$system-seed$seed"; done
+reconstruct single "$ONE"
+reconstruct dual "$DUAL"
+for SEED in $seeds; do
+    for system in $systems; do "$system" "$system-seed$SEED"; done
 done
 table comparison $systems

@@ -3,41 +3,44 @@
 
 # tokenizers: one single and one dual codebook, and the code maps of IAR and CTF
 tokenizers() {
-    tokenizer single single $SINGLE
-    tokenizer dual dual $SEMANTIC $DETAIL
-    codes single; codes dual
-    rearrange iar balanced $CLUSTERS
-    rearrange ctf coarse $COARSE
+    tokenizer "$ONE" "$DUAL"; codes "$ONE" "$DUAL"
+    rearrange "$IAR" "$CTF"
 }
 
 llamagen() {
-    gpt "$1" single
-    score "$1" "$1" single ${PRESET_ONE[@]+"${PRESET_ONE[@]}"}
-    likelihood "$1" "$1" single
+    gpt default "$ONE"
+    score "$1" default "$ONE" ${PRESET_ONE[@]+"${PRESET_ONE[@]}"}
+    likelihood "$1" default "$ONE"
 }
 
+# IAR: its samples are decoded by the reordered tokenizer
 iar() {
-    local map="--code-map $OUT/rearranged/iar/code_map.safetensors"
-    gpt "$1" single $map --cluster-weight 1 --cluster-size $((SINGLE / CLUSTERS))
-    score "$1" "$1" iar ${PRESET_ONE[@]+"${PRESET_ONE[@]}"}
-    likelihood "$1" "$1" single "$map"
+    local map; map="--code-map $(vq "$IAR")/code_map.safetensors"
+    gpt iar "$ONE" $map --cluster-weight 1 --cluster-size $((SINGLE / CLUSTERS))
+    score "$1" iar "$ONE" --vq-ckpt "$(vq "$IAR")" ${PRESET_ONE[@]+"${PRESET_ONE[@]}"}
+    likelihood "$1" iar "$ONE" "$map"
 }
 
 # CTF: two models, which share the training time of the others at toy scale
 ctf() {
-    local map="--code-map $OUT/rearranged/ctf" TIME=$(( ${TOY_SECONDS:-0} / 2 ))
-    gpt "$1-coarse" single $map/coarse_map.safetensors
-    gpt "$1-fine" single $map/fine_map.safetensors
-    score "$1" "$1-coarse" single --fine-ckpt "$OUT/gpt/$1-fine$VARIANT" ${PRESET_ONE[@]+"${PRESET_ONE[@]}"}
-    likelihood "$1" "$1-coarse $1-fine" single "${map}/coarse_map.safetensors" "${map}/fine_map.safetensors"
+    local maps TIME=$(( ${TOY_SECONDS:-0} / 2 )); maps="$(vq "$CTF")"
+    gpt ctf-coarse "$ONE" --code-map "$maps/coarse_map.safetensors"
+    gpt ctf-fine "$ONE" --code-map "$maps/fine_map.safetensors"
+    score "$1" ctf-coarse "$ONE" --fine-ckpt "$(gpt_run ctf-fine "$ONE")" ${PRESET_ONE[@]+"${PRESET_ONE[@]}"}
+    likelihood "$1" "ctf-coarse ctf-fine" "$ONE" "--code-map $maps/coarse_map.safetensors" "--code-map $maps/fine_map.safetensors"
 }
 
-iar2() { dual_row "$1"; }
-
-# dual_row NAME TRAINING OPTIONS...: one GPT on the dual codebook
+# dual_row ROW NAME OPTIONS...: one GPT on the dual codebook
 dual_row() {
-    local name="$1"; shift
-    gpt "$name" dual "$@"
-    score "$name" "$name" dual ${PRESET_TWO[@]+"${PRESET_TWO[@]}"}
-    likelihood "$name" "$name" dual
+    gpt "$2" "$DUAL" "${@:3}"
+    score "$1" "$2" "$DUAL" ${PRESET_TWO[@]+"${PRESET_TWO[@]}"}
+    likelihood "$1" "$2" "$DUAL"
 }
+
+iar2() { dual_row "$1" default; }
+
+# Table 5's paradigms, without local context.
+alternating() { dual_row "$1" alternating --paradigm alternating --context none; }
+grouped() { dual_row "$1" grouped --paradigm grouped --context none; }
+independent() { dual_row "$1" independent --paradigm independent --context none; }
+hierarchical() { dual_row "$1" none --context none; }

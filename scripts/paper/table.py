@@ -41,6 +41,8 @@ class TableConfig:
     """Folder of the gathered figures."""
     name: str = ""
     """merge: the row."""
+    keys: tuple[str, ...] = ()
+    """merge: keys of the files' objects, from the outside in, below which the figures are."""
     prefix: str = ""
     """merge: put before the figures' names (r makes rfid of fid)."""
     table: str = ""
@@ -55,6 +57,8 @@ def merge(config: TableConfig) -> None:
     row, bits = json.loads(path.read_text()) if path.exists() else {}, 0.0
     for file in config.files:
         found = json.loads(check_exists(file, "FILE", "a JSON file of figures").read_text())
+        for key in config.keys:
+            found = found[key]
         found = found.get(config.name, found)  # a judge's file holds several sets by name
         for name, value in found.items():
             name = config.prefix + name

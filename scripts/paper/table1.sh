@@ -6,10 +6,10 @@ scale=$([ "$TOY" = 1 ] && echo 2 8 || echo 1 1)  # toy: half the semantic, an ei
 rows=(128-4096 256-4096 512-4096 256-2048 256-8192)
 for row in "${rows[@]}"; do
     read -r semantic detail by_semantic by_detail <<< "${row/-/ } $scale"
-    tokenizer "$row" dual $((semantic / by_semantic)) $((detail / by_detail))
-    reconstruct "$row" "$row"
-    codes "$row"
-    gpt "size-$row" "$row"
-    score "$row" "size-$row" "$row" --cfg-scale $RANGE
+    codes="dual-$((semantic / by_semantic))-$((detail / by_detail))"
+    tokenizer "$codes"; codes "$codes"
+    reconstruct "$row" "$codes"
+    gpt default "$codes"
+    score "$row" default "$codes" --cfg-scale $RANGE
 done
 table 1 "${rows[@]}"

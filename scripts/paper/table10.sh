@@ -2,11 +2,10 @@
 # Table 10: the weight λ_s of the semantic loss (B, 100 epochs).
 source "$(dirname "$0")/common.sh"
 rows=()
-tokenizer dual dual $SEMANTIC $DETAIL
-codes dual
+tokenizer "$DUAL"; codes "$DUAL"
 for weight in 0.5 1 2 3 5; do
-    gpt "lambda-$weight" dual --semantic-weight "$weight"
-    score "lambda-$weight" "lambda-$weight" dual --cfg-scale $RANGE
+    gpt "lambda-$weight" "$DUAL" --semantic-weight "$weight"
+    score "lambda-$weight" "lambda-$weight" "$DUAL" --cfg-scale $RANGE
     rows+=("lambda-$weight")
 done
 table 10 "${rows[@]}"

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Table 13: reconstruction by LlamaGen's tokenizer and by IAR2's.
 source "$(dirname "$0")/common.sh"
-tokenizer single single $SINGLE
-tokenizer dual dual $SEMANTIC $DETAIL
-reconstruct llamagen single
-reconstruct iar2 dual
+tokenizer "$ONE" "$DUAL"
+reconstruct llamagen "$ONE"
+reconstruct iar2 "$DUAL"
 table 13 llamagen iar2

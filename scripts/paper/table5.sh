@@ -4,15 +4,13 @@
 source "$(dirname "$0")/common.sh"
 source "$(dirname "$0")/systems.sh"
 rows=(alternating grouped independent hierarchical)
-[ "$TOY" = 1 ] || SEMANTIC=128
-[ "$TOY" = 1 ] && name=dual || name=dual-128
-tokenizer "$name" dual $SEMANTIC $DETAIL
-codes "$name"
+[ "$TOY" = 1 ] || DUAL="dual-128-$DETAIL"
+PRESET_TWO=(--guidance constant --cfg-scale "$CONSTANT")
+tokenizer "$DUAL"; codes "$DUAL"
+epochs="${EPOCHS:-}"
 for row in "${rows[@]}"; do
-    epochs="EPOCHS_$row" length=()
-    [ -n "${!epochs:-}" ] && length=(--epochs "${!epochs}")
-    gpt "table5-$row" "$name" --paradigm "$row" --context none ${length[@]+"${length[@]}"}
-    score "$row" "table5-$row" "$name" --guidance constant --cfg-scale "$CONSTANT"
-    likelihood "$row" "table5-$row" "$name"
+    own="EPOCHS_$row"
+    EPOCHS="${!own:-$epochs}"
+    "$row" "$row"
 done
 table 5 "${rows[@]}"

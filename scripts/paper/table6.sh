@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Table 6: the head's local context: none, concatenated neighbours, compressed neighbours, at equal training time.
+# Table 6: the head's local context: none, concatenated neighbours, compressed neighbours (B, 100 epochs).
+# WINDOW: side of the window (5).
 source "$(dirname "$0")/common.sh"
-rows=(none concatenated compressed)
-tokenizer dual dual $SEMANTIC $DETAIL
-codes dual
-for row in "${rows[@]}"; do
-    gpt "table6-$row" dual --context "$row" --window-size "${WINDOW:-5}"
-    score "$row" "table6-$row" dual --guidance constant --cfg-scale "$CONSTANT"
-    likelihood "$row" "table6-$row" dual
-done
-table 6 "${rows[@]}"
+source "$(dirname "$0")/systems.sh"
+window=() suffix=""
+if [ "${WINDOW:-5}" != 5 ]; then window=(--window-size "$WINDOW") suffix="-$WINDOW"; fi
+PRESET_TWO=(--guidance constant --cfg-scale "$CONSTANT")
+tokenizer "$DUAL"; codes "$DUAL"
+dual_row none none --context none
+dual_row concatenated "concatenated$suffix" --context concatenated ${window[@]+"${window[@]}"}
+dual_row compressed "default$suffix" ${window[@]+"${window[@]}"}
+table 6 none concatenated compressed

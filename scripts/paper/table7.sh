@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Table 7: single, unassociated dual and associated dual codebook, without local context and PAG-CFG (B, 100 epochs).
 source "$(dirname "$0")/common.sh"
-rows=(single unassociated associated)
-tokenizer single single $SINGLE
-tokenizer unassociated product $SEMANTIC $DETAIL
-tokenizer associated dual $SEMANTIC $DETAIL
-for row in "${rows[@]}"; do
-    reconstruct "$row" "$row"
-    codes "$row"
-    gpt "table7-$row" "$row" --context none
-    score "$row" "table7-$row" "$row" --guidance constant --cfg-scale "$CONSTANT"
-    likelihood "$row" "table7-$row" "$row"
-done
-table 7 "${rows[@]}"
+tokenizer "$ONE" "$PRODUCT" "$DUAL"; codes "$ONE" "$PRODUCT" "$DUAL"
+# row ROW NAME CODES OPTIONS...
+row() {
+    reconstruct "$1" "$3"
+    gpt "${@:2}"
+    score "$1" "$2" "$3" --guidance constant --cfg-scale "$CONSTANT"
+    likelihood "$1" "$2" "$3"
+}
+row single default "$ONE"
+row unassociated none "$PRODUCT" --context none
+row associated none "$DUAL" --context none
+table 7 single unassociated associated

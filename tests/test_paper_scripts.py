@@ -1,0 +1,104 @@
+"""scripts/paper: every command of every table is one the entry points understand, and shared runs are shared rightly."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from autoregressive.sample.sample_c2i_ddp import SampleConfig
+from autoregressive.sample.sweep_c2i import SweepConfig
+from autoregressive.train.evaluate_c2i import EvaluateConfig
+from autoregressive.train.extract_codes_c2i import ExtractConfig
+from autoregressive.train.train_c2i import TrainConfig, recipe
+from evaluations.c2i.classifier import ClassifierTrainConfig
+from evaluations.c2i.evaluator import EvaluatorConfig
+from evaluations.c2i.judge import JudgeConfig
+from scripts.paper.plot_losses import PlotConfig
+from scripts.paper.table import TableConfig
+from tests.conftest import REPOSITORY
+from tokenizer.tokenizer_image.code_distance import CodeDistanceConfig
+from tokenizer.tokenizer_image.rearrange import RearrangeConfig
+from tokenizer.tokenizer_image.reconstruction_vq_ddp import ReconstructionConfig
+from tokenizer.tokenizer_image.vq_train import VQTrainConfig
+from tokenizer.validation.val_ddp import ValidationConfig
+from utils.config import parse
+
+FOLDER = REPOSITORY / "scripts" / "paper"
+SCRIPTS = sorted(path.name for path in FOLDER.glob("*.sh") if path.name not in ("common.sh", "systems.sh"))
+# What reads the command line of each entry point; a launcher adds the options named here.
+CONFIGS = {"train_dual_vq.sh": VQTrainConfig, "train_vq.sh": VQTrainConfig, "train_c2i.sh": TrainConfig,
+           "extract_codes_c2i.py": ExtractConfig, "evaluate_c2i.py": EvaluateConfig, "sample_c2i_ddp.py": SampleConfig,
+           "sweep_c2i.py": SweepConfig, "evaluator.py": EvaluatorConfig, "judge.py": JudgeConfig,
+           "classifier.py": ClassifierTrainConfig, "rearrange.py": RearrangeConfig, "code_distance.py": CodeDistanceConfig,
+           "reconstruction_vq_ddp.py": ReconstructionConfig, "val_ddp.py": ValidationConfig, "table.py": TableConfig,
+           "plot_losses.py": PlotConfig}
+ADDED = {"train_dual_vq.sh": ["--run-dir", "R", "--stage", "dual"], "train_vq.sh": ["--run-dir", "R", "--stage", "single"]}
+
+
+def dry_run(script: str, out: Path, **variables: str) -> list[list[str]]:
+    """The commands of a script, split into words; nothing is run, nothing written."""
+    scale = {"DATA": "imagenet/train", "VAL": "imagenet/val", "REFERENCE": "reference.npz", "NPROC": "1"}
+    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LD_LIBRARY_PATH")}
+    environment = kept | scale | {"DRY": "1", "OUT": str(out / "paper"), "PYTHON": sys.executable,
+                                  "REQUIREMENTS_MET_BY": sys.executable} | variables
+    done = subprocess.run(["bash", FOLDER / script], env=environment, capture_output=True, text=True, cwd=out)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert not list(out.iterdir())
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def entry_point(command: list[str]) -> tuple[str, list[str]]:
+    """A command -> the entry point's file name and its own arguments."""
+    place = next(place for place, word in enumerate(command) if word.endswith((".py", ".sh")))
+    name = Path(command[place]).name
+    assert (REPOSITORY / command[place]).exists(), command[place]
+    return name, [*ADDED.get(name, []), *command[place + 1:]]
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory) -> dict[tuple[str, str], list[list[str]]]:
+    """The commands of every script at both scales."""
+    out = tmp_path_factory.mktemp("dry")
+    return {(script, toy): dry_run(script, out, TOY=toy) for script in SCRIPTS for toy in ("0", "1")}
+
+
+def test_every_command_is_understood(commands):
+    """Full scale cannot be run here; at least no option of it is unknown, malformed or missing."""
+    seen = set()
+    for (script, _), lines in commands.items():
+        assert lines, script
+        for line in lines:
+            name, arguments = entry_point(line)
+            if (key := (name, *(word for word in arguments if "/" not in word))) not in seen:
+                seen.add(key)
+                parse(CONFIGS[name], recipe if name == "train_c2i.sh" else None, args=arguments)
+    assert {name for name, *_ in seen} == set(CONFIGS)
+
+
+def test_scripts_that_share_a_run_agree_about_it(commands):
+    """A folder is one training, whichever table asks first: equal options in every script, or another folder."""
+    trainings: dict[str, dict[tuple, str]] = {}
+    for (script, toy), lines in commands.items():
+        for line in lines:
+            words = dict(zip(line, line[1:]))
+            folder = words.get("--run-dir") or next((word for word in line if word.startswith("RUN_DIR=")), None)
+            if folder:
+                options = (toy, *(word for word in line if word != folder))
+                trainings.setdefault(f"{toy} {folder}", {})[options] = script
+    assert all(len(scripts) == 1 for scripts in trainings.values()), trainings
+    shared = [line[-1] for script in ("table4.sh", "table6.sh", "table7.sh") for line in commands[script, "0"]
+              if "train_c2i.sh" in line[1]]
+    assert (len(shared), len(set(shared))) == (10, 6)
+
+
+def test_sizes_grids_and_seeds_have_folders_of_their_own(tmp_path):
+    """Codes of another grid, a GPT of another size, length or seed never meet."""
+    runs = [dry_run("table3.sh", tmp_path, **variables) for variables in (
+        {}, {"SIZE": "256"}, {"MODEL": "GPT-L"}, {"EPOCHS": "50"}, {"SEED": "1"})]
+    folders = [{line[line.index("--run-dir") + 1] for line in run if "--run-dir" in line} for run in runs]
+    assert len(set.union(*folders)) == sum(len(folder) for folder in folders) == 25
+    codes = [{line[line.index("--code-path") + 1] for line in run if "--code-path" in line} for run in runs[:2]]
+    assert not codes[0] & codes[1]
