@@ -4,7 +4,10 @@
 #   DRY=1        print the commands, run none
 #   OUT          where everything goes; default runs/paper, runs/paper-toy
 #   DATA, VAL    full scale: ImageNet's train and val folders;  REFERENCE: ADM's VIRTUAL_imagenet256_labeled.npz
-#   MODEL, SIZE, EPOCHS   full scale: GPT-B, 384 and 100 unless said otherwise;  NPROC: processes, the GPUs seen
+#   MODEL, SIZE, EPOCHS   full scale: GPT-B, 384 and 100 unless said otherwise;  NPROC: GPUs of this one node, all seen
+#   GPT_OPTIONS  full scale: more options of train_c2i.py; GPT-XXL at 384 pixels on 80 GB GPUs needs
+#                "--micro-batch-size 16 --activation-checkpointing"
+#   TOKENIZER_EPOCHS  full scale: epochs of each of the two stages (40); tokenizers of one stage get twice as many
 #   TOY_SECONDS, TOKENIZER_STEPS  toy: training time of a GPT (45), steps of a tokenizer's second stage (1200)
 #   SEED         of GPT training and sampling (0)
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
@@ -32,26 +35,36 @@ else
     MODEL="${MODEL:-GPT-B}" SIZE="${SIZE:-384}" EPOCHS="${EPOCHS:-100}"
     export NPROC="${NPROC:-$("$PYTHON" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}"
     IMAGES=(--image-size 256)
-    TOKENIZER=("${IMAGES[@]}")
-    GPT=()  # train_c2i.py's recipe of MODEL and SIZE
+    TOKENIZER=("${IMAGES[@]}") TOKENIZER_EPOCHS="${TOKENIZER_EPOCHS:-40}"
+    GPT=(${GPT_OPTIONS:-})  # beside train_c2i.py's recipe of MODEL and SIZE
     SAMPLE=(--image-size-eval 256)
     AUGMENTATION=ten-crop
     SEMANTIC=256 DETAIL=4096 SINGLE=16384 CLUSTERS=128 COARSE=512
-    RANGE="1.75 3" CONSTANT=2 PRESET_ONE=() PRESET_TWO=()  # the ablations' guidance; empty: what the checkpoint carries
+    # The ablations' guidance: table 9's best range; the one fixed scale the paper states (figure 7c).
+    RANGE="1.75 3" CONSTANT=2.25 PRESET_ONE=() PRESET_TWO=()  # empty: what the checkpoint carries
 fi
 DUAL="dual-$SEMANTIC-$DETAIL" PRODUCT="product-$SEMANTIC-$DETAIL" ONE="single-$SINGLE"
 IAR="balanced-$CLUSTERS" CTF="coarse-$COARSE"
 
 # variant: what tells GPTs of one codebook and one name apart
-variant() { if [ "$TOY" = 1 ]; then echo "seed$SEED"; else echo "${MODEL#GPT-}-$SIZE-$EPOCHS-seed$SEED"; fi; }
+variant() { if [ "$TOY" = 1 ]; then echo "${TIME:-$TOY_SECONDS}s-seed$SEED"; else echo "${MODEL#GPT-}-$SIZE-$EPOCHS-seed$SEED"; fi; }
 SCRIPT="${SCRIPT:-$(basename "$0" .sh)-$(variant)}"  # rows of two tables may share a name
-FIGURES="$OUT/figures/$SCRIPT" SAMPLES="$OUT/samples/$SCRIPT"
-[ "$DRY" = 1 ] || mkdir -p "$FIGURES" "$SAMPLES"
+FIGURES="$OUT/figures/$SCRIPT" SAMPLES="$OUT/samples/$SCRIPT" RECONSTRUCTIONS="$OUT/reconstructions"
+[ "$DRY" = 1 ] || mkdir -p "$FIGURES" "$SAMPLES" "$RECONSTRUCTIONS"
 
 # run COMMAND...: what every command goes through;  start: the same on NPROC processes;  once FILE COMMAND...: any, if FILE is missing
 run() { if [ "$DRY" = 1 ]; then printf '%q ' "$@"; echo; else "$@"; fi; }
 start() { if [ "$DRY" = 1 ]; then run "$PYTHON" "$@"; else launch "$@"; fi; }
 once() { [ -e "$1" ] || "${@:2}"; }
+# kept FILE COMMAND...: what COMMAND printed the first time
+kept() {
+    if [ ! -e "$1" ]; then
+        mkdir -p "$(dirname "$1")"
+        "${@:2}" > "$1.new"
+        mv "$1.new" "$1"
+    fi
+    cat "$1"
+}
 
 # Where things are.  vq NAME: a tokenizer, of tokenizer() or of rearrange();  code_path NAME: its codes;  gpt_run NAME CODES: a GPT
 vq() {
@@ -74,8 +87,12 @@ classifiers() {
 
 # tokenizer QUANTIZER-SIZE[-SIZE]...: train tokenizers; dual ones in two stages
 tokenizer() {
-    local name sizes options stage1="${STAGE1:-}" stage2="${STAGE2:-}"
-    [ "$TOY" != 1 ] || stage1="--steps $((TOKENIZER_STEPS / 4))" stage2="--steps $TOKENIZER_STEPS"
+    local name sizes options stage1 stage2 whole
+    if [ "$TOY" = 1 ]; then
+        stage1="--steps $((TOKENIZER_STEPS / 4))" stage2="--steps $TOKENIZER_STEPS" whole="--steps $((TOKENIZER_STEPS * 5 / 4))"
+    else
+        stage1="--epochs $TOKENIZER_EPOCHS" stage2="$stage1" whole="--epochs $((TOKENIZER_EPOCHS * 2))"
+    fi
     classifiers
     for name in "$@"; do
         read -r -a sizes <<< "${name//-/ }"  # the quantizer, then its codebook sizes
@@ -84,8 +101,7 @@ tokenizer() {
             run env RUN_DIR="$OUT/tokenizers/$name" STAGE1="$stage1" STAGE2="$stage2" \
                 bash scripts/tokenizer/train_dual_vq.sh "${options[@]}"
         else
-            [ "$TOY" = 1 ] && options+=(--steps $((TOKENIZER_STEPS * 5 / 4)))
-            run env RUN_DIR="$(vq "$name")" bash scripts/tokenizer/train_vq.sh --quantizer "${sizes[0]}" "${options[@]}"
+            run env RUN_DIR="$(vq "$name")" bash scripts/tokenizer/train_vq.sh --quantizer "${sizes[0]}" "${options[@]}" $whole
         fi
     done
 }
@@ -110,21 +126,28 @@ rearrange() {
     done
 }
 
-# toy_steps FILE TRAINING...: toy: steps that fit into TIME or TOY_SECONDS, by the rate of a short run; kept in FILE
-toy_steps() {
-    local file="$1" probe; shift
-    if [ ! -e "$file" ]; then
-        probe="$(mktemp -d)"
-        "$@" --run-dir "$probe" --steps 20 --log-every 10 >&2
-        mkdir -p "$(dirname "$file")"
-        "$PYTHON" -c "
-import json
-rates = [json.loads(line)['images_per_second'] for line in open('$probe/metrics.jsonl')]
-print(max(int(${TIME:-$TOY_SECONDS} * rates[-1] / 128), 20))" > "$file.new"
-        mv "$file.new" "$file"
-        rm -rf "$probe"
-    fi
-    cat "$file"
+# rate TRAINING...: images a second, by a short run
+rate() {
+    local probe; probe="$(mktemp -d)"
+    "$@" --run-dir "$probe" --steps 20 --log-every 10 >&2
+    tail -n 1 "$probe/metrics.jsonl" | "$PYTHON" -c "import json; print(json.loads(input())['images_per_second'])"
+    rm -rf "$probe"
+}
+
+# toy_steps TRAINING...: toy: steps that fit into TIME or TOY_SECONDS
+toy_steps() { "$PYTHON" -c "print(max(int(${TIME:-$TOY_SECONDS} * $(rate "$@") / 128), 20))"; }
+
+# equal_time "OPTIONS" "REFERENCE OPTIONS": full scale: epochs that take on the dual codebook as long as the reference's
+# EPOCHS; at toy scale every GPT is given the same time anyway, and DRY=1 makes no probe
+equal_time() {
+    local options rates=()
+    if [ "$TOY$DRY" != 00 ]; then echo "${EPOCHS:-}"; return; fi
+    for options in "$1" "$2"; do
+        local train=(bash scripts/autoregressive/train_c2i.sh --gpt-model "$MODEL" --image-size "$SIZE"
+                     --code-path "$(code_path "$DUAL")" ${GPT[@]+"${GPT[@]}"} $options)
+        rates+=("$(kept "$OUT/rates/$DUAL/${MODEL#GPT-}-$SIZE${options// /}" rate "${train[@]}")")
+    done
+    "$PYTHON" -c "print(round($EPOCHS * ${rates[0]} / ${rates[1]}, 1))"
 }
 
 # gpt NAME CODES OPTIONS...: train a GPT; NAME says what its options are
@@ -133,25 +156,28 @@ gpt() {
     options=(--code-path "$(code_path "$2")" ${GPT[@]+"${GPT[@]}"} --seed "$SEED" "${@:3}")
     [ "$TOY" = 1 ] || options=(--gpt-model "$MODEL" --image-size "$SIZE" --epochs "$EPOCHS" "${options[@]}")
     local train=(bash scripts/autoregressive/train_c2i.sh "${options[@]}")
-    [ "$TOY$DRY" = 10 ] && train+=(--steps "$(toy_steps "$folder/steps" "${train[@]}")")
+    [ "$TOY$DRY" = 10 ] && train+=(--steps "$(kept "$folder/steps" toy_steps "${train[@]}")")
     run "${train[@]}" --run-dir "$folder"
 }
 
-# score ROW NAME CODES OPTIONS...: sample from a GPT and evaluate; figures go to FIGURES/ROW.json
+# score ROW NAME CODES OPTIONS...: sample from a GPT and evaluate, once for the same GPT and options; figures go to ROW
 score() {
-    local row="$1" npz="$SAMPLES/$1.npz" judged="$SAMPLES/$1.judged.json" rate="$SAMPLES/$1.rate.json"
-    [ -e "$FIGURES/$row.scored" ] && return 0
-    start autoregressive/sample/sample_c2i_ddp.py --gpt-ckpt "$(gpt_run "$2" "$3")" --vq-ckpt "$(vq "$3")" \
-        "${SAMPLE[@]}" --seed "$SEED" --out "$npz" "${@:4}"
-    if [ "$TOY" = 1 ]; then
-        run "$PYTHON" evaluations/c2i/judge.py --classifier "$OUT/judge.safetensors" --reference "$VAL" --samples "$npz" \
-            --out "$judged"
-    else
-        run "$PYTHON" evaluations/c2i/evaluator.py "$REFERENCE" "$npz" --json "$judged"
+    local about="$(gpt_run "$2" "$3") ${SAMPLE[*]} ${*:4}" name npz
+    name="$1-$(cksum <<< "$about" | cut -d ' ' -f 1)"
+    npz="$SAMPLES/$name.npz"
+    if [ ! -e "$SAMPLES/$name.judged.json" ]; then
+        start autoregressive/sample/sample_c2i_ddp.py --gpt-ckpt "$(gpt_run "$2" "$3")" --vq-ckpt "$(vq "$3")" \
+            "${SAMPLE[@]}" --seed "$SEED" --out "$npz" "${@:4}"
+        if [ "$TOY" = 1 ]; then
+            run "$PYTHON" evaluations/c2i/judge.py --classifier "$OUT/judge.safetensors" --reference "$VAL" --samples "$npz" \
+                --out "$SAMPLES/$name.judged.json"
+        else
+            run "$PYTHON" evaluations/c2i/evaluator.py "$REFERENCE" "$npz" --json "$SAMPLES/$name.judged.json"
+        fi
     fi
-    [ -e "$rate" ] || rate=""  # missing where samples were selected, or their drawing was interrupted
-    figures "$row" "$judged" $rate
-    [ "$DRY" = 1 ] || touch "$FIGURES/$row.scored"
+    figures "$1" "$SAMPLES/$name.judged.json" $([ "$TOY" != 1 ] || echo --keys "$name")
+    # Missing where samples were selected, or their drawing was interrupted.
+    [ ! -e "$SAMPLES/$name.rate.json" ] || figures "$1" "$SAMPLES/$name.rate.json"
 }
 
 # likelihood ROW "NAME..." CODES "OPTIONS"...: bits an image on held-out codes; of several stages the sum, options of each in turn
@@ -169,17 +195,16 @@ likelihood() {
 
 # reconstruct ROW TOKENIZER: PSNR, SSIM, LPIPS, usage, and at full scale rFID
 reconstruct() {
-    local npz="$SAMPLES/$1-reconstructed.npz"
-    [ -e "$FIGURES/$1.reconstructed" ] && return 0
-    start tokenizer/tokenizer_image/reconstruction_vq_ddp.py --vq-ckpt "$(vq "$2")" --data-path "$VAL" "${IMAGES[@]}" \
-        ${PERCEPTUAL[@]+"${PERCEPTUAL[@]}"} --out "$npz"
-    figures "$1" "${npz%.npz}.json"
+    local npz="$RECONSTRUCTIONS/$2.npz" val="$OUT/val256.npz"
+    once "$RECONSTRUCTIONS/$2.json" start tokenizer/tokenizer_image/reconstruction_vq_ddp.py --vq-ckpt "$(vq "$2")" \
+        --data-path "$VAL" "${IMAGES[@]}" ${PERCEPTUAL[@]+"${PERCEPTUAL[@]}"} --out "$npz"
+    figures "$1" "$RECONSTRUCTIONS/$2.json"
     if [ "$TOY" != 1 ]; then
-        run "$PYTHON" tokenizer/validation/val_ddp.py --data-path "$VAL" --image-size 256 --out "$OUT/val256.npz"
-        run "$PYTHON" evaluations/c2i/evaluator.py "$OUT/val256.npz" "$npz" --json "$SAMPLES/$1-rfid.json"
-        figures "$1" --prefix r "$SAMPLES/$1-rfid.json"
+        once "$val" run "$PYTHON" tokenizer/validation/val_ddp.py --data-path "$VAL" --image-size 256 --out "$val"
+        once "$RECONSTRUCTIONS/$2.rfid.json" run "$PYTHON" evaluations/c2i/evaluator.py "$val" "$npz" \
+            --json "$RECONSTRUCTIONS/$2.rfid.json"
+        figures "$1" --prefix r "$RECONSTRUCTIONS/$2.rfid.json"
     fi
-    [ "$DRY" = 1 ] || touch "$FIGURES/$1.reconstructed"
 }
 
 # sweep FOLDER OPTIONS...: guidance ranges of one IAR2 on the dual codebook, the models loaded once

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Figure 8: training losses by model size.  MODELS names the sizes (GPT-B GPT-L GPT-XL GPT-XXL; toy: one and two head layers).
+# Figure 8: training losses by model size, 16x16 tokens.  MODELS names the sizes (GPT-B GPT-L GPT-XL GPT-XXL; toy: one and two head layers).
+SIZE="${SIZE:-256}" EPOCHS="${EPOCHS:-50}"
 source "$(dirname "$0")/common.sh"
 tokenizer "$DUAL"; codes "$DUAL"
 runs=()

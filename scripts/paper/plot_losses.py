@@ -16,7 +16,7 @@ if __package__ in (None, ""):
 import tyro
 from matplotlib.figure import Figure
 
-from utils.config import UserError, check_writable, parse, run_main
+from utils.config import UserError, check_writable, parse, run_main, write_json
 
 
 @dataclass
@@ -112,7 +112,7 @@ def main() -> None:
     check_writable(config.out.parent, "--out")
     draw(curves, config).savefig(config.out, dpi=120)
     points = {"metric": config.metric, "smooth": config.smooth, "runs": curves}
-    config.out.with_suffix(".json").write_text(json.dumps(points, indent=1))
+    write_json(config.out.with_suffix(".json"), points)
     for curve in curves:
         print(f"{curve['name']:30} {curve['smoothed'][-1]:.4f} at step {curve['steps'][-1]}")
 

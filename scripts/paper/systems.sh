@@ -21,12 +21,15 @@ iar() {
     likelihood "$1" iar "$ONE" "$map"
 }
 
-# CTF: two models, which share the training time of the others at toy scale
+# CTF: two models, which share the training time of the others at toy scale.  At full scale CTF's own recipe: its second
+# model has GPT-L's size (343M) beside any first one, both temperatures are 1.1.
 ctf() {
-    local maps TIME=$(( ${TOY_SECONDS:-0} / 2 )); maps="$(vq "$CTF")"
+    local maps fine=() sampling=() TIME=$(( ${TOY_SECONDS:-0} / 2 )); maps="$(vq "$CTF")"
+    [ "$TOY" = 1 ] || fine=(--gpt-model GPT-L) sampling=(--temperature 1.1 --fine-temperature 1.1)
     gpt ctf-coarse "$ONE" --code-map "$maps/coarse_map.safetensors"
-    gpt ctf-fine "$ONE" --code-map "$maps/fine_map.safetensors"
-    score "$1" ctf-coarse "$ONE" --fine-ckpt "$(gpt_run ctf-fine "$ONE")" ${PRESET_ONE[@]+"${PRESET_ONE[@]}"}
+    gpt ctf-fine "$ONE" --code-map "$maps/fine_map.safetensors" ${fine[@]+"${fine[@]}"}
+    score "$1" ctf-coarse "$ONE" --fine-ckpt "$(gpt_run ctf-fine "$ONE")" ${PRESET_ONE[@]+"${PRESET_ONE[@]}"} \
+        ${sampling[@]+"${sampling[@]}"}
     likelihood "$1" "ctf-coarse ctf-fine" "$ONE" "--code-map $maps/coarse_map.safetensors" "--code-map $maps/fine_map.safetensors"
 }
 

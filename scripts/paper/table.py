@@ -20,13 +20,13 @@ if __package__ in (None, ""):
 
 import tyro
 
-from utils.config import UserError, check_exists, parse, run_main
+from utils.config import UserError, parse, read_json, run_main, write_json
 
 PUBLISHED = Path(__file__).with_name("published.json")
 # Measured figures in the order of the columns, with their digits.
 COLUMNS = {"fid": 2, "sfid": 2, "inception_score": 1, "precision": 3, "recall": 3, "rfid": 2, "psnr": 2, "ssim": 3, "lpips": 3,
-           "usage_semantic": 3, "usage_detail": 3, "usage_token": 3, "bits_per_image": 1, "frechet": 2, "class_accuracy": 3,
-           "images_per_second": 1, "steps": 0}
+           "usage_semantic": 3, "usage_detail": 3, "usage_token": 3, "steps": 0, "bits_per_image": 1, "frechet": 2,
+           "class_accuracy": 3, "images_per_second": 1}
 
 
 @dataclass
@@ -52,22 +52,21 @@ class TableConfig:
 
 
 def merge(config: TableConfig) -> None:
-    """Add figures to a row; bits an image of several files, the stages of one system, add up."""
+    """Add figures to a row; bits and training steps of several files, the stages of one system, add up."""
     path = config.folder / f"{config.name}.json"
-    row, bits = json.loads(path.read_text()) if path.exists() else {}, 0.0
+    row, added = read_json(path, "--name", "the row") if path.exists() else {}, {"bits_per_image": 0.0, "steps": 0}
     for file in config.files:
-        found = json.loads(check_exists(file, "FILE", "a JSON file of figures").read_text())
+        found = read_json(file, "FILE", "a JSON file of figures")
         for key in config.keys:
             found = found[key]
-        found = found.get(config.name, found)  # a judge's file holds several sets by name
         for name, value in found.items():
             name = config.prefix + name
-            if name == "bits_per_image":
-                bits += value
-                row[name] = bits
+            if name in added:
+                added[name] += value
+                row[name] = added[name]
             elif name in COLUMNS and isinstance(value, (int, float)):
                 row[name] = value
-    path.write_text(json.dumps(row, indent=1))
+    write_json(path, row)
 
 
 def read_row(folder: Path, row: str) -> dict[str, list[float]]:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Table 1: sizes of the semantic and the detail codebook, reconstruction and generation (B, 100 epochs).
+# Table 1: sizes of the semantic and the detail codebook, reconstruction and generation (B, 100 epochs; constant guidance,
+# since its row 128, 4096 is table 6's).
 #   DATA=... VAL=... REFERENCE=... bash scripts/paper/table1.sh      TOY=1 bash scripts/paper/table1.sh
 source "$(dirname "$0")/common.sh"
 scale=$([ "$TOY" = 1 ] && echo 2 8 || echo 1 1)  # toy: half the semantic, an eighth of the detail codes
@@ -10,6 +11,6 @@ for row in "${rows[@]}"; do
     tokenizer "$codes"; codes "$codes"
     reconstruct "$row" "$codes"
     gpt default "$codes"
-    score "$row" default "$codes" --cfg-scale $RANGE
+    score "$row" default "$codes" --guidance constant --cfg-scale "$CONSTANT"
 done
 table 1 "${rows[@]}"

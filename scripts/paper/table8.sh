@@ -7,4 +7,4 @@ gpt default "$DUAL"
 score constant default "$DUAL" --guidance constant --cfg-scale "$CONSTANT"
 score progressive default "$DUAL" --guidance progressive --cfg-scale $RANGE
 score attention default "$DUAL" --guidance attention --cfg-scale $RANGE
-table 8 constant progressive attention
+table "8-${EPOCHS}" constant progressive attention
