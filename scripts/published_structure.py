@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoregressive.models.generate import Sampler
-from autoregressive.models.gpt import GPT, Block
+from autoregressive.models.gpt import GPT
+from autoregressive.models.transformer import Block
 
 
 def norm(module: torch.nn.RMSNorm, x: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from autoregressive.models.gpt import GPT, GPTConfig
+from autoregressive.models.gpt import GPT
+from autoregressive.models.transformer import GPTConfig
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 from utils.checkpoint import export, fingerprint
 from utils.config import from_dict, run_main

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from autoregressive.models.generate import (
+    GUIDANCE,
     Sampler,
     SamplingOptions,
     cfg_ranges,
@@ -46,7 +47,7 @@ def test_samples_differ_between_indices_and_seeds():
     assert not torch.equal(a[0], a[1]) and not torch.equal(a, b) and torch.equal(a, draw_uniforms(0, np.arange(4), 2, 16))
 
 
-@pytest.mark.parametrize("guidance", ["constant", "progressive", "attention"])
+@pytest.mark.parametrize("guidance", [name for name, row in GUIDANCE.items() if row.one_is_off])
 def test_scale_one_is_the_conditional_model(gpt, guidance):
     """At scale 1 the unconditional branch cancels, whatever the schedule."""
     plain = draw(gpt, replace(OPTIONS, guidance=guidance, cfg_scale=(1.0,)))

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from autoregressive.models.attention import causal_attention, short_causal_attention
-from autoregressive.models.gpt import GPT, build_gpt, rotary_table
+from autoregressive.models.gpt import GPT, build_gpt
 from autoregressive.models.local_head import window_indices
 from autoregressive.models.losses import stream_losses
+from autoregressive.models.transformer import rotary_table
 from tests.conftest import GOLDEN, TINY_GPT, arrays, imported_gpt, random_codes, randomise
 
 

@@ -9,8 +9,9 @@ import torch
 
 from autoregressive.models.ctf import FineOptions, refine
 from autoregressive.models.generate import SamplingOptions, draw_uniforms, generate
-from autoregressive.models.gpt import GPT, GPTConfig, build_gpt
+from autoregressive.models.gpt import GPT, build_gpt
 from autoregressive.models.losses import ObjectiveOptions, cluster_loss, objective, stream_losses
+from autoregressive.models.transformer import GPTConfig
 from tests.conftest import TINY_GPT, random_codes, randomise
 from tests.test_gpt import teacher_forced_decode
 
@@ -172,6 +173,21 @@ def test_a_perfect_fine_model_gives_back_the_codes():
     codes, coarse = fine_grid()
     refined = refine(Perfect(codes), torch.zeros(3, dtype=torch.long), coarse, FineOptions(), torch.rand(3, 16), COARSE_OF)
     assert torch.equal(refined, codes)
+
+
+def test_fine_labels_are_drawn_as_the_options_say():
+    """Guidance mixes this class with the null class; temperature 0 and top-k 1 both take the likeliest label."""
+    gpt, (_, coarse), labels = randomise(GPT(FINE)), fine_grid(), torch.tensor([0, 1, 2])
+    with torch.no_grad():
+        conditional, unconditional = gpt(labels, coarse)[0], gpt(torch.full_like(labels, gpt.null_class), coarse)[0]
+    for scale in (1.0, 4.0):
+        likeliest = (unconditional + scale * (conditional - unconditional)).argmax(-1)[:, None]  # [B, 1, N]
+        for options in (FineOptions(fine_temperature=0, fine_cfg_scale=scale), FineOptions(fine_top_k=1, fine_cfg_scale=scale)):
+            assert torch.equal(refine(gpt, labels, coarse, options, torch.rand(3, 16), COARSE_OF), likeliest)
+    guided = (unconditional + 4 * (conditional - unconditional)).argmax(-1)
+    assert not torch.equal(guided, conditional.argmax(-1))
+    low, high = (refine(gpt, labels, coarse, FineOptions(), torch.full((3, 16), value), COARSE_OF) for value in (0.01, 0.99))
+    assert not torch.equal(low, high)
 
 
 def test_masked_fine_labels_stay_in_their_cluster():

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from autoregressive.models.gpt import GPT, GPTConfig, build_gpt
+from autoregressive.models.gpt import GPT, build_gpt
 from autoregressive.models.losses import stream_losses
+from autoregressive.models.transformer import GPTConfig
 from autoregressive.sample import sample_c2i_ddp
 from scripts import published_structure
 from tests.conftest import (

@@ -6,8 +6,15 @@ import importlib
 import re
 import subprocess
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from autoregressive.models.generate import GUIDANCE, SamplingOptions
+from autoregressive.models.paradigms import PARADIGMS
+from autoregressive.train.train_c2i import GPTOptions
+from tokenizer.tokenizer_image.quantizer import QUANTIZERS
+from tokenizer.tokenizer_image.vq_train import VQTrainConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ROOMS = ("tokenizer", "autoregressive", "evaluations", "utils", "scripts")
@@ -115,6 +122,13 @@ def test_every_flag_is_read_somewhere():
     for config in option_classes():
         for owner, name in flat_fields(config):
             assert re.search(rf"\.{name}\b", code), f"{owner.__name__}.{name}"
+
+
+def test_options_name_every_row_of_their_tables():
+    """A paradigm, quantizer or guidance schedule that is in its table but no choice of its option cannot be had."""
+    for owner, option, rows in ((SamplingOptions, "guidance", GUIDANCE), (GPTOptions, "paradigm", ["auto", *PARADIGMS]),
+                                (VQTrainConfig, "quantizer", ["auto", *QUANTIZERS])):
+        assert list(get_args(owner.__annotations__[option])) == list(rows), option
 
 
 def test_every_flag_is_explained():

@@ -27,7 +27,8 @@ import tyro
 from torch import Tensor, nn
 
 from autoregressive.models.generate import sampling_preset
-from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
+from autoregressive.models.gpt import GPT, GPT_models
+from autoregressive.models.transformer import GPTConfig
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 from utils.checkpoint import export, fingerprint, read_export, require_tensors
 from utils.config import UserError, check_writable, from_dict, parse, run_main, to_dict

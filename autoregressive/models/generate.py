@@ -16,7 +16,7 @@ may differ in the last bits between batch sizes; in bfloat16 that can tip a draw
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -30,12 +30,24 @@ from utils.config import UserError
 
 Scale = Tensor | float
 
-GUIDANCE: dict[str, Callable[[float, float, int, int, Scale, float], Scale]] = {
-    # (start, end, step i, steps M, attention a, attention weight w) -> scale, a number or [B]
-    "constant": lambda start, end, i, steps, a, w: start,
-    "progressive": lambda start, end, i, steps, a, w: start + (end - start) * (i / max(steps - 1, 1)),
-    "attention": lambda start, end, i, steps, a, w: start + (end - start) * (i / max(steps - 1, 1) + w * a),
-    "equation18": lambda start, end, i, steps, a, w: (start + (end - start) * (i / steps)) * a,
+class Guidance(NamedTuple):
+    """A schedule of the guidance scale."""
+
+    scale: Callable[[float, float, int, int, Tensor | None, float], Scale]
+    """(start, end, step i, steps M, attention a [B, 1], attention weight w) -> scale, a number or [B, 1]."""
+    reads_attention: bool = False
+    """Whether a is needed; it is None otherwise."""
+    one_is_off: bool = True
+    """Whether start = end = 1 is the conditional model, so that the unconditional rows need not be computed."""
+
+
+GUIDANCE: dict[str, Guidance] = {
+    "constant": Guidance(lambda start, end, i, steps, a, w: start),
+    "progressive": Guidance(lambda start, end, i, steps, a, w: start + (end - start) * (i / max(steps - 1, 1))),
+    "attention": Guidance(lambda start, end, i, steps, a, w: start + (end - start) * (i / max(steps - 1, 1) + w * a),
+                          reads_attention=True),
+    "equation18": Guidance(lambda start, end, i, steps, a, w: (start + (end - start) * (i / steps)) * a,
+                           reads_attention=True, one_is_off=False),
 }
 
 # Guidance (start, end) by number of codebooks, size and grid.  Two codebooks: table 12, with the FID published in table 3
@@ -168,10 +180,10 @@ class Sampler:
         self.top_k = per_stream(options.top_k, streams, "--top-k")
         self.top_p = per_stream(options.top_p, streams, "--top-p")
         self.options, self.uniforms, self.steps = options, uniforms, len(gpt.paradigm.cells) + 1
-        # All scales 1 is the conditional model: the unconditional rows need not be computed.
-        self.guided = options.guidance == "equation18" or any(pair != (1.0, 1.0) for pair in self.ranges)
-        self.needs_attention = self.guided and options.guidance in ("attention", "equation18")
-        self.step, self.attention, self.drawn = 0, 0.0, [0] * streams
+        self.guidance = GUIDANCE[options.guidance]
+        self.guided = not self.guidance.one_is_off or any(pair != (1.0, 1.0) for pair in self.ranges)
+        self.needs_attention = self.guided and self.guidance.reads_attention
+        self.step, self.attention, self.drawn = 0, None, [0] * streams
 
     def begin(self, step: int, attention: Tensor | None) -> None:
         """Take note of the trunk step and, where the schedule asks, its attention to the class token [2B]."""
@@ -195,8 +207,7 @@ class Sampler:
         if -1 < self.options.cfg_interval < self.step - 1:  # LlamaGen counts from the second token on
             return conditional
         start, end = self.ranges[stream]
-        scale = GUIDANCE[self.options.guidance](start, end, self.step, self.steps, self.attention,
-                                                self.options.cfg_attention_weight)
+        scale = self.guidance.scale(start, end, self.step, self.steps, self.attention, self.options.cfg_attention_weight)
         return unconditional + scale * (conditional - unconditional)
 
 

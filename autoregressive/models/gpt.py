@@ -1,4 +1,4 @@
-"""The class-conditional GPT: trunk, rotary table, caches, and the table of sizes.
+"""The class-conditional GPT: trunk, caches, and the table of sizes.
 
 Paper sections 4.3 and 5.1; the trunk is LlamaGen's (RMSNorm, SwiGLU, two-dimensional rotary embedding, a class token in
 front).  What a trunk step reads and predicts belongs to the prediction paradigm (`paradigms.py`), which `GPT` looks up
@@ -9,47 +9,15 @@ Deviations from the release: every cell has its own rotary row (`rotary="repeate
 head's slots are not rotated (`head_rotary="zero_summary"` restores the released zero row for the summary).
 """
 
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from autoregressive.models.attention import KVCache, causal_attention, rotate
-
-
-@dataclass
-class GPTConfig:
-    """Everything that fixes the shape and the function of a GPT; saved with every checkpoint."""
-
-    dim: int = 768
-    n_layer: int = 12
-    n_head: int = 12
-    head_layers: int = 5
-    num_classes: int = 1000
-    grid_size: int = 16
-    codebook_sizes: tuple[int, ...] = (256, 4096)
-    paradigm: str = "hierarchical"
-    context: Literal["compressed", "concatenated", "none"] = "compressed"
-    window_size: int = 5
-    token_dropout: float = 0.1
-    resid_dropout: float = 0.1
-    ffn_dropout: float = 0.1
-    class_dropout: float = 0.1
-    rotary: Literal["grid", "repeated"] = "grid"
-    head_rotary: Literal["none", "zero_summary"] = "none"
-    rotary_base: float = 10_000.0
-    ffn_multiple_of: int = 256
-    norm_eps: float = 1e-5
-
-    @property
-    def cells(self) -> int:
-        """Number of grid cells N."""
-        return self.grid_size**2
-
+from autoregressive.models.attention import KVCache
+from autoregressive.models.paradigms import PARADIGMS
+from autoregressive.models.transformer import Block, GPTConfig, rotary_table
 
 # Shapes of the paper's section 5.1 and LlamaGen's larger models; parameters of IAR2 on a 24x24 grid, 1000 classes.
 GPT_models: dict[str, dict[str, int]] = {
@@ -64,88 +32,10 @@ GPT_models: dict[str, dict[str, int]] = {
 }
 
 
-def rotary_table(grid_size: int, head_dim: int, base: float) -> Tensor:
-    """Two-dimensional rotary table: half of the pairs turn with the row, half with the column.
-
-    Returns [grid_size², head_dim / 2, 2] (cosine, sine) in raster order; head_dim must be a multiple of 4.
-    """
-    frequencies = base ** -(torch.arange(0, head_dim // 2, 2).float() / (head_dim // 2))  # [head_dim / 4]
-    angles = torch.arange(grid_size).float()[:, None] * frequencies                       # [g, head_dim / 4]
-    rows = angles[:, None].expand(-1, grid_size, -1)
-    columns = angles[None].expand(grid_size, -1, -1)
-    angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)                             # [g², head_dim / 2]
-    return torch.stack([angles.cos(), angles.sin()], dim=-1)
-
-
-class FeedForward(nn.Module):
-    """SwiGLU, hidden width 2/3 · 4 · dim rounded up to `ffn_multiple_of`."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        multiple = config.ffn_multiple_of
-        hidden = (8 * config.dim // 3 + multiple - 1) // multiple * multiple
-        self.w1 = nn.Linear(config.dim, hidden, bias=False)
-        self.w3 = nn.Linear(config.dim, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, config.dim, bias=False)
-        self.dropout = nn.Dropout(config.ffn_dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
-
-
-class Attention(nn.Module):
-    """Multi-head projections; the attention kernel itself is handed in."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.n_head = config.n_head
-        self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
-        self.wo = nn.Linear(config.dim, config.dim, bias=False)
-        self.dropout = nn.Dropout(config.resid_dropout)
-
-    def project(self, x: Tensor, rotary: Tensor | None, skip: int) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, T, D] -> keys and values [B, H, T, D/H] and the queries of all but the first `skip` positions."""
-        qkv = self.wqkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # [3, B, H, T, D/H]
-        q, k = qkv[:2] if rotary is None else rotate(qkv[:2], rotary)
-        return q[:, :, skip:], k, qkv[2]
-
-    def combine(self, heads: Tensor) -> Tensor:
-        """[B, H, T, D/H] -> [B, T, D]."""
-        return self.dropout(self.wo(heads.transpose(1, 2).flatten(2)))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer layer; trunk and head layers are the same, with different attention kernels."""
-
-    def __init__(self, config: GPTConfig, attend=causal_attention) -> None:
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config)
-        self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.feed_forward = FeedForward(config)
-        self.attend = attend
-
-    def forward(self, x: Tensor, rotary: Tensor | None, cache=None, position: int = 0, skip: int = 0) -> Tensor:
-        """One layer over T new positions.
-
-        x: [B, T, D]; rotary: rows of these positions [T, D/H/2, 2], or None; cache: this layer's LayerCache, filled up
-        to `position`; skip: leading positions that only serve as keys.  Returns [B, T - skip, D].
-        """
-        q, k, v = self.attention.project(self.attention_norm(x), rotary, skip)
-        if cache is not None:
-            k, v = cache.update(k, v, position)
-            cache.observe(q, k)
-        x = x[:, skip:] + self.attention.combine(self.attend(q, k, v))
-        return x + self.feed_forward(self.ffn_norm(x))
-
-
 class GPT(nn.Module):
     """Trunk plus prediction paradigm.  Keeps no generation state."""
 
     def __init__(self, config: GPTConfig) -> None:
-        from autoregressive.models.paradigms import PARADIGMS
-
         super().__init__()
         self.config = config
         self.extra: dict = {}

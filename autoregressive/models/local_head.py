@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from autoregressive.models.attention import KVCache, short_causal_attention
-from autoregressive.models.gpt import Block, GPTConfig
+from autoregressive.models.transformer import Block, GPTConfig
 
 
 def mlp(dim: int, hidden: int, out: int, out_bias: bool = False) -> nn.Sequential:

@@ -6,10 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.code_shards import STREAMS
 from utils.config import UserError
-
-STREAMS = {1: ("token",), 2: ("semantic", "detail")}
-"""Names of the code streams by their number, for logs and figures."""
 
 
 @dataclass

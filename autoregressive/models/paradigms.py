@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoregressive.models.attention import causal_attention, full_attention
-from autoregressive.models.gpt import GPTConfig
 from autoregressive.models.local_head import HeadState, LocalContextHead, mlp
+from autoregressive.models.transformer import GPTConfig
 
 Pick = Callable[[Tensor, int], Tensor]
 """(logits [B, K_c], stream) -> codes [B]."""
