@@ -1,5 +1,5 @@
 # Sourced by the other scripts: sets PYTHON to an interpreter that has the requirements, making .venv if none has, and
-# defines `launch`, which starts a script on NPROC processes (torchrun) or, for one, directly.
+# defines `launch`, which starts a script on NPROC processes (torchrun) or, for one, directly, and `value`.
 set -euo pipefail
 REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -39,6 +39,19 @@ launch() {
         "$PYTHON" -m torch.distributed.run --nnodes "${NNODES:-1}" --nproc-per-node "${NPROC:-1}" \
             --node-rank "${NODE_RANK:-0}" --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" "$@"
     fi
+}
+
+# value FLAG DEFAULT ARGUMENTS...: what a command line gives a flag; of several the last.
+value() {
+    local flag="$1" found="$2"; shift 2
+    while [ $# -gt 0 ]; do
+        case "${1//_/-}" in
+            "$flag") found="${2:-$found}" ;;
+            "$flag"=*) found="${1#*=}" ;;
+        esac
+        shift
+    done
+    echo "$found"
 }
 
 find_python

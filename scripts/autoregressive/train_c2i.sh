@@ -6,18 +6,5 @@
 source "$(dirname "$0")/../setup.sh"
 NPROC="${NPROC:-$("$PYTHON" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}"
 
-# value FLAG DEFAULT ARGUMENTS...: what the command line gives a flag.
-value() {
-    local flag="$1" found="$2"; shift 2
-    while [ $# -gt 0 ]; do
-        case "$1" in
-            "$flag") found="${2:-$found}" ;;
-            "$flag"=*) found="${1#*=}" ;;
-        esac
-        shift
-    done
-    echo "$found"
-}
-
 run_dir="runs/$(value --gpt-model GPT-B "$@")-$(value --image-size 256 "$@")"
 launch "$REPOSITORY/autoregressive/train/train_c2i.py" --run-dir "$run_dir" "$@"
