@@ -13,7 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from utils.config import parse, run_main
+from utils.config import parse, run_main, write_json
 
 
 @dataclass
@@ -120,7 +120,7 @@ def main() -> None:
     folder = parse(ReportConfig).folder
     figures = gather(folder)
     draw_curves(folder)
-    (folder / "figures.json").write_text(json.dumps(figures, indent=1))
+    write_json(folder / "figures.json", figures)
     (folder / "report.md").write_text(report(figures))
     for name, value in figures.items():
         print(f"{name:30} {value if isinstance(value, (int, dict)) else f'{value:.4f}'}")

@@ -1,6 +1,7 @@
 """The compared systems through the same entry points: code maps, two-stage sampling, likelihoods, sweeps, tables."""
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -8,19 +9,27 @@ import numpy as np
 import pytest
 import torch
 
+from autoregressive.models.ctf import FineOptions, refine
+from autoregressive.models.generate import SamplingOptions, draw_uniforms, generate
+from autoregressive.models.gpt import build_gpt
 from autoregressive.sample import sample_c2i_ddp, sweep_c2i
+from autoregressive.sample.pipeline import ModelOptions, Pipeline
 from autoregressive.train import evaluate_c2i, train_c2i
+from autoregressive.train.train_c2i import TrainConfig, recipe
 from evaluations.c2i.classifier import ClassifierConfig, SmallClassifier
+from evaluations.c2i.judge import judge
 from scripts.paper import table
-from tests.conftest import TINY_VQ, call, losses
+from tests.conftest import TINY_VQ, call, command, losses, randomise
 from tests.test_bad_input import refused
-from tests.test_train import gpt_options
+from tests.test_train import TRAIN, gpt_options, write_codes
 from tokenizer.tokenizer_image import rearrange
 from tokenizer.tokenizer_image.quantizer import ProductQuantizer
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.checkpoint import export, fingerprint, load_gpt
 from utils.code_map import load_code_map
 from utils.code_shards import CodeDataset, CodeHeader, CodeWriter
+from utils.config import parse
+from utils.distributed import setup
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +68,18 @@ def runs(world) -> dict[str, Path]:
                          "--cluster-size", 4),
             "coarse": train(world, "coarse", "--code-map", world / "ctf" / "coarse_map.safetensors"),
             "fine": train(world, "fine", "--code-map", world / "ctf" / "fine_map.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def dual_codes(tmp_path_factory) -> Path:
+    """Random codes of two codebooks."""
+    return write_codes(tmp_path_factory.mktemp("dual") / "codes")
+
+
+def export_random(run: Path, folder: Path) -> None:
+    """A trained GPT's file with weights that make guidance visible, which a few steps do not."""
+    gpt = load_gpt(run)
+    export(folder / "gpt.safetensors", "gpt", randomise(gpt).state_dict(), gpt.extra | {"model": asdict(gpt.config)})
 
 
 def sample_options(gpt: Path, tokenizer: Path, out: Path, *extra) -> list:
@@ -137,19 +158,81 @@ def test_likelihood_of_the_stages_adds_up(world, runs, tmp_path):
     assert fine["bits_per_image"] == pytest.approx(np.log2(members).sum(1).mean(), rel=0.1)
 
 
-def test_a_sweep_draws_each_range_once(world, runs, tmp_path, capsys):
+def test_the_pair_of_stages_is_coarse_then_fine(world, runs):
+    """The command's pipeline: coarse labels as the first stage alone draws them, each refined, by draws of its own."""
+    models = ModelOptions(runs["coarse"], world / "vq", runs["fine"])
+    pipeline = Pipeline(models, SamplingOptions(guidance="constant", cfg_scale=(2.0,)), FineOptions(), torch.device("cpu"))
+    randomise(pipeline.gpt)
+    randomise(pipeline.fine)
+    labels, samples = torch.tensor([0, 1, 2, 1]), np.arange(5, 9)
+    uniforms = draw_uniforms(0, samples, 2, 16)
+    coarse = generate(pipeline.gpt, labels, pipeline.sampling, uniforms[:, :1])
+    expected = refine(pipeline.fine, labels, coarse, FineOptions(), uniforms[:, 1], pipeline.coarse_of)
+    assert torch.equal(pipeline.sample_codes(labels, samples), expected)
+    swapped = refine(pipeline.fine, labels, coarse, FineOptions(), uniforms[:, 0], pipeline.coarse_of)
+    assert not torch.equal(expected, swapped) and not torch.equal(expected, coarse)
+
+    def perfect(labels, coarse):
+        """A second stage that knows that every cell had the last code of its cluster."""
+        members = torch.arange(16) * (pipeline.coarse_of == coarse[:, 0, :, None])
+        return [torch.nn.functional.one_hot(members.argmax(-1), 16) * 100.0]
+
+    pipeline.fine = perfect
+    codes = pipeline.sample_codes(labels, samples)
+    assert torch.equal(pipeline.coarse_of[codes], coarse) and len(codes.unique()) <= 4
+
+
+@pytest.mark.parametrize("name, mode", [("grouped", "fsdp"), ("concatenated", "ddp"), ("fine", "fsdp")])
+def test_every_system_trains_in_two_processes(world, dual_codes, tmp_path, name, mode):
+    """Sharding and replication know nothing of paradigms: losses are those of one process."""
+    flags = gpt_options(world / "codes" if name == "fine" else dual_codes, tmp_path / "one", steps=3)
+    flags = flags[: flags.index("--codebook-sizes")]
+    extra = {"grouped": ("--paradigm", "grouped"), "concatenated": ("--context", "concatenated"),
+             "fine": ("--code-map", world / "ctf" / "fine_map.safetensors")}[name]
+    call(train_c2i.main, *flags, *extra, "--data-parallel", "none")
+    command(TRAIN, *flags, *extra, "--data-parallel", mode, "--run-dir", tmp_path / "two", processes=2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-5)
+
+
+@pytest.mark.parametrize("size", ["GPT-B", "GPT-XL", "GPT-XXL"])
+def test_both_stages_of_ctf_train_by_one_recipe(world, size, capsys):
+    """CTF follows LlamaGen's training; labels in two streams must not select IAR2's row.  A dry run knows the model."""
+    def options(which: str, *extra) -> TrainConfig:
+        return parse(TrainConfig, recipe, args=[
+            "--run-dir", "x", "--code-path", str(world / "codes"), "--gpt-model", size, "--image-size", "384",
+            "--num-classes", "3", "--code-map", str(world / "ctf" / f"{which}_map.safetensors"), *extra])
+
+    coarse, fine = options("coarse"), options("fine")
+    assert replace(coarse, code_map="") == replace(fine, code_map="")
+    train_c2i.print_dry_run(options("fine", "--device", "cpu"), setup("cpu"))
+    parameters = int(re.search(r"parameters +([\d,]+)", capsys.readouterr().out).group(1).replace(",", ""))
+    with torch.device("meta"):
+        expected = build_gpt(size, paradigm="fine", codebook_sizes=(4, 16), num_classes=3, grid_size=24)
+    assert parameters == sum(p.numel() for p in expected.parameters())
+
+
+def test_a_sweep_draws_each_range_once(world, runs, tmp_path, capsys, monkeypatch):
     """Figure 7a and table 9: one loaded model, a line a range, and a second call that draws and judges nothing."""
     rng = np.random.default_rng(0)
+    export_random(runs["llamagen"], tmp_path / "gpt")
     np.savez(tmp_path / "real.npz", images=rng.integers(0, 255, (30, 32, 32, 3), dtype=np.uint8), labels=np.arange(30) % 3)
-    options = ["--gpt-ckpt", runs["llamagen"], "--vq-ckpt", world / "vq", "--per-class", 4, "--device", "cpu", "--folder",
+    options = ["--gpt-ckpt", tmp_path / "gpt", "--vq-ckpt", world / "vq", "--per-class", 4, "--device", "cpu", "--folder",
                tmp_path / "sweep", "--reference", tmp_path / "real.npz", "--judge", world / "judge.safetensors",
                "--guidance", "progressive"]
+    judged = []
+    monkeypatch.setattr(sweep_c2i, "judge", lambda *args: judged.append(len(args[1])) or judge(*args))
     call(sweep_c2i.main, *options, "--ranges", "1:2", "2:2")
     figures = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert set(figures) == {"1:2", "2:2"} and all("frechet" in row["figures"] for row in figures.values())
     before = (tmp_path / "sweep" / "1-2.npz").stat().st_mtime_ns
     call(sweep_c2i.main, *options, "--ranges", "1:2", "2:2", "1:3")
-    assert (tmp_path / "sweep" / "1-2.npz").stat().st_mtime_ns == before
+    assert (tmp_path / "sweep" / "1-2.npz").stat().st_mtime_ns == before and judged == [12, 12, 12]
+    for text in ("1 2", "2 2", "1 3"):  # the samples of a range are those of the sampler at that range
+        out = tmp_path / f"{text[0]}{text[2]}.npz"
+        call(sample_c2i_ddp.main, *options[: options.index("--folder")], "--guidance", "progressive", "--out", out,
+             "--cfg-scale", *text.split())
+        with np.load(out) as alone, np.load(tmp_path / "sweep" / f"{text.replace(' ', '-')}.npz") as swept:
+            assert np.array_equal(alone["arr_0"], swept["arr_0"])
     rows = (tmp_path / "sweep" / "sweep.md").read_text().splitlines()
     assert rows[2].startswith("| 1 | 2 |") and len(rows) == 5 and (tmp_path / "sweep" / "sweep.png").stat().st_size > 5000
     capsys.readouterr()
@@ -176,15 +259,18 @@ def test_product_quantizer_has_no_residual():
 def test_tables_show_measured_beside_published(tmp_path, capsys):
     """A table is read in the paper's own form: labels and published values, then mean and spread over seeds."""
     for seed, value in ((0, 4.0), (1, 6.0)):
-        (tmp_path / "raw.json").write_text(json.dumps({f"alternating-seed{seed}": {"frechet": value, "images": 9}}))
-        call(table.main, "merge", tmp_path / "raw.json", "--folder", tmp_path, "--name", f"alternating-seed{seed}")
+        (tmp_path / "raw.json").write_text(json.dumps({"a": {"b": {"frechet": value, "images": 9}}, "c": {"frechet": 99.0}}))
+        call(table.main, "merge", tmp_path / "raw.json", "--keys", "a", "b", "--folder", tmp_path, "--name",
+             f"alternating-seed{seed}")
     for stage, bits in (("coarse", 10.0), ("fine", 20.0)):
-        (tmp_path / f"{stage}.json").write_text(json.dumps({"bits_per_image": bits}))
+        (tmp_path / f"{stage}.json").write_text(json.dumps({"bits_per_image": bits, "steps": 7}))
     for _ in range(2):  # merging again adds nothing
         call(table.main, "merge", tmp_path / "coarse.json", tmp_path / "fine.json", "--folder", tmp_path, "--name",
              "alternating-seed0")
     call(table.main, "show", "--folder", tmp_path, "--table", "5", "--rows", "alternating")
     shown = capsys.readouterr().out
-    assert "| alternating | 7.22 | 173.17 | 0.85 | 0.37 | 30.0 | 5.00 ± 1.41 |" in shown
+    assert "| alternating | 7.22 | 173.17 | 0.85 | 0.37 | 14 | 30.0 | 5.00 ± 1.41 |" in shown
     assert shown.strip() == (tmp_path / "table5.md").read_text().strip()
+    (tmp_path / "half.json").write_text('{"frechet": ')
+    assert "is no JSON" in refused(capsys, table.main, "merge", tmp_path / "half.json", "--folder", tmp_path, "--name", "x")
     assert "no figures" in refused(capsys, table.main, "show", "--folder", tmp_path, "--table", "5", "--rows", "grouped")

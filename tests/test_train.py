@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from autoregressive.models.losses import ObjectiveOptions
-from autoregressive.train import extract_codes_c2i, train_c2i
+from autoregressive.train import evaluate_c2i, extract_codes_c2i, train_c2i
 from autoregressive.train.train_c2i import RECIPES, GPTOptions, TrainConfig, learning_rate, recipe
 from tests.conftest import REPOSITORY, TINY_VQ, call, command, export_models, losses
 from utils.batches import GlobalBatches
 from utils.checkpoint import load_gpt, load_tokenizer
 from utils.code_shards import CodeDataset, CodeHeader, CodeWriter, read_header
 from utils.config import UserError, parse
+from utils.distributed import clip_gradients
 from utils.run import RunOptions
 
 TRAIN = "autoregressive/train/train_c2i.py"
@@ -89,10 +90,19 @@ def test_a_killed_run_resumes_on_the_same_loss_curve(codes, tmp_path, reference)
 def test_two_processes_train_like_one(codes, tmp_path, reference, mode):
     """Data parallelism is an implementation detail: the same batches must give the same losses."""
     extra = dict(ema_decay=0.9) | (dict(shard_size=1) if mode == "hsdp" else {})
-    command(TRAIN, *gpt_options(codes, tmp_path / "run", data_parallel=mode, **extra), processes=2)
+    held_out = write_codes(tmp_path / "held-out", images=21)
+    command(TRAIN, *gpt_options(codes, tmp_path / "run", data_parallel=mode, val_code_path=held_out, eval_every=4, **extra),
+            processes=2)
     seen = losses(tmp_path / "run")
     assert seen == pytest.approx(reference, abs=2e-5)
     assert all(torch.isfinite(p).all() for p in load_gpt(tmp_path / "run").parameters())
+    # What training logs of held-out codes is what evaluate_c2i.py says of the exported weights.
+    bits = losses(tmp_path / "run", "eval/bits_per_image")
+    call(evaluate_c2i.main, "--gpt-ckpt", tmp_path / "run", "--code-path", held_out, "--out", tmp_path / "bits.json",
+         "--device", "cpu")
+    alone = json.loads((tmp_path / "bits.json").read_text())
+    assert sorted(bits) == [4, 8] and bits[8] == pytest.approx(alone["bits_per_image"], abs=1e-3)
+    assert losses(tmp_path / "run", "eval/images") == {4: 21, 8: 21} and alone["steps"] == 8
 
 
 def test_a_sharded_run_resumes_on_another_world_size(codes, tmp_path, reference):
@@ -106,6 +116,39 @@ def test_gradient_accumulation_does_not_change_the_run(codes, tmp_path, referenc
     """Smaller micro-batches for smaller devices: same batch, same losses."""
     call(train_c2i.main, *gpt_options(codes, tmp_path / "run", data_parallel="none", ema_decay=0.9, micro_batch_size=2))
     assert losses(tmp_path / "run") == pytest.approx(reference, abs=2e-5)
+
+
+def test_a_run_starts_from_given_weights(codes, tmp_path, reference, capsys):
+    """Fine-tuning: with a learning rate of zero the start is what comes out; another shape is refused."""
+    command(TRAIN, *gpt_options(codes, tmp_path / "first", steps=3, data_parallel="none"))
+    options = gpt_options(codes, tmp_path / "run", steps=2, data_parallel="none", lr=0.0, init_from=tmp_path / "first")
+    call(train_c2i.main, *options)
+    for start, end in zip(load_gpt(tmp_path / "first").parameters(), load_gpt(tmp_path / "run").parameters(), strict=True):
+        assert torch.equal(start, end)
+    with pytest.raises(SystemExit):
+        call(train_c2i.main, *gpt_options(codes, tmp_path / "other", gpt_model="GPT-small", init_from=tmp_path / "first"))
+    assert "--init-from" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_left_as_it_is(codes, tmp_path, capsys):
+    """The same command again does nothing; another objective is another run."""
+    options = gpt_options(codes, tmp_path / "run", steps=2, data_parallel="none")
+    call(train_c2i.main, *options)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.*") if path.name != "log.txt"}
+    call(train_c2i.main, *options)
+    assert before == {name: (tmp_path / "run" / name).stat().st_mtime_ns for name in before} and "gpt.safetensors" in before
+    with pytest.raises(SystemExit):
+        call(train_c2i.main, *options, "--semantic-weight", 3)
+    assert "semantic_weight" in capsys.readouterr().err
+
+
+def test_gradients_are_clipped_or_left():
+    """0 means no clipping, as in LlamaGen; it must not mean gradients of length 0."""
+    weight = torch.nn.Parameter(torch.zeros(4))
+    for norm, expected in ((0.5, 0.5), (0.0, 6.0), (9.0, 6.0)):
+        weight.grad = torch.full((4,), 3.0)
+        assert clip_gradients([weight], norm).item() == pytest.approx(6.0)
+        assert weight.grad.norm().item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_non_finite_step_is_left_out(codes, tmp_path, monkeypatch, caplog):
@@ -196,6 +239,20 @@ def extract_options(images: Path, tokenizer: Path, out: Path) -> list:
     """Command line of a flip extraction at 32 pixels."""
     return ["--data-path", images, "--vq-ckpt", tokenizer, "--code-path", out, "--augmentation", "flip", "--image-size", 32,
             "--num-workers", 0, "--batch-size", 4, "--device", "cpu"]
+
+
+def test_codes_of_huge_codebooks_keep_their_values(tmp_path):
+    """Sixteen bits hold 65,536 codes; one more must not come back as code 0."""
+    codes = np.array([[[[0, 65_535, 65_536, 69_999]]]])
+    for size, dtype in ((2**16, np.uint16), (70_000, np.uint32)):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        writer = CodeWriter(folder, CodeHeader("t", [size], 2, 32, 1, "none", 1, 1, "x"), np.zeros(1, int), create=True)
+        writer.write(np.array([0]), np.minimum(codes, size - 1))
+        writer.finish()
+        assert np.load(folder / "codes.npy").dtype == dtype
+        seen, _ = CodeDataset(folder).__getitems__([(0, 0)])
+        assert seen.flatten().tolist() == np.minimum(codes, size - 1).flatten().tolist()
 
 
 def test_extraction_in_two_processes_equals_one_and_carries_on(images_folder, tokenizer, tmp_path):

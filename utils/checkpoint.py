@@ -28,7 +28,8 @@ from utils.distributed import Processes, full_tensor
 
 log = logging.getLogger("checkpoint")
 
-FIXED_OPTIONS = ("seed", "global_batch_size", "ema_decay", "recipe")
+FIXED_OPTIONS = ("seed", "global_batch_size", "ema_decay", "recipe", "lr_schedule", "weight_decay", "semantic_weight",
+                 "cluster_weight", "cluster_size")
 """A run that changed these half-way would be no run of its options."""
 
 
@@ -73,7 +74,8 @@ def load_checkpoint(path: Path, state: dict[str, Any], config: dict, processes: 
     # A field that came after the checkpoint was written had its default then.
     require_equal(config["defaults"] | saved["model"], config["model"], f"checkpoint {path}", "this run's options", remedy)
     before, now = flatten(saved["options"]), flatten(config["options"])
-    fixed = [{name: options.get(name) for name in FIXED_OPTIONS} for options in (before, now)]
+    # As above: an option that is new since then had no other value.
+    fixed = [{name: options.get(name, now.get(name)) for name in FIXED_OPTIONS} for options in (before, now)]
     require_equal(*fixed, f"checkpoint {path}", "this run's options", remedy)
     for name in sorted(set(before) & set(now)):
         if before[name] != now[name]:
@@ -141,6 +143,13 @@ def read_export(path: str | Path, kind: str, option: str, tensors: bool = True) 
         raise UserError(f"{option} {path} is damaged or no safetensors file ({error}): export or copy it again.") from error
 
 
+def exported_step(path: Path, kind: str) -> int:
+    """After which training step a run folder's exported file was written; -1 where there is none."""
+    if not (path / f"{kind}.safetensors").exists():
+        return -1
+    return read_export(path, kind, "--run-dir", tensors=False)[0].get("step", -1)
+
+
 def read_checkpoint(path: Path, kind: str, option: str, tensors: bool) -> tuple[dict, dict[str, Tensor]]:
     """(configuration, weights) of a GPT's training checkpoint; raises UserError when it is of another kind."""
     saved = json.loads((path / "config.json").read_text())
@@ -179,7 +188,8 @@ def require_tensors(model: nn.Module, tensors: dict[str, Tensor], what: str, rem
 def load_gpt(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
              option: str = "--gpt-ckpt") -> nn.Module:
     """A GPT ready for sampling, from an exported file or run folder; `gpt.extra` holds what else the file states."""
-    from autoregressive.models.gpt import GPT, GPTConfig
+    from autoregressive.models.gpt import GPT
+    from autoregressive.models.transformer import GPTConfig
 
     config, tensors = read_export(path, "gpt", option)
     gpt = GPT(from_dict(GPTConfig, config["model"]))

@@ -1,8 +1,9 @@
 """Codes on disk: one memory-mapped array a data set instead of a file an image.
 
-A code folder holds `codes.npy` (uint16 [images, crops, C, N]), `labels.npy` (int64 [images]), `state.npy` (uint8 a row:
-0 missing, 1 done, 2 unreadable image) and `header.json`, which says what made them.  Rows are written in place by any
-number of processes; an interrupted extraction carries on with the missing rows.
+A code folder holds `codes.npy` (uint16 [images, crops, C, N]; uint32 for codebooks of more than 65,536 codes), `labels.npy`
+(int64 [images]), `state.npy` (uint8 per row: 0 missing, 1 done, 2 unreadable image) and `header.json`, which says what
+made them.  Rows are written in place by any number of processes; an interrupted extraction carries on with the missing
+rows.
 """
 
 import json
@@ -18,6 +19,8 @@ from torch.utils.data import Dataset
 
 from utils.config import UserError
 
+STREAMS = {1: ("token",), 2: ("semantic", "detail")}
+"""Names of the code streams by their number, for logs and figures."""
 MISSING, DONE, UNREADABLE = 0, 1, 2
 
 
@@ -35,6 +38,11 @@ class CodeHeader:
     images: int
     source: str
     complete: bool = False
+
+
+def code_type(codebook_sizes: list[int]) -> type[np.unsignedinteger]:
+    """The smallest type on disk that holds every code."""
+    return np.uint16 if max(codebook_sizes) <= 2**16 else np.uint32
 
 
 class CodeWriter:
@@ -61,7 +69,7 @@ class CodeWriter:
                     raise UserError(f"--code-path {self.folder} holds codes with {key} {found.get(key)} but this "
                                     f"extraction has {wanted[key]}: choose another folder or delete this one.")
             return
-        np.lib.format.open_memmap(self.folder / "codes.npy", "w+", np.uint16, shape).flush()
+        np.lib.format.open_memmap(self.folder / "codes.npy", "w+", code_type(self.header.codebook_sizes), shape).flush()
         np.lib.format.open_memmap(self.folder / "state.npy", "w+", np.uint8, shape[:1]).flush()
         np.save(self.folder / "labels.npy", labels.astype(np.int64))
         self._write_header(wanted)

@@ -96,6 +96,24 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as JSON, aside and renamed: a reader never finds half a file."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        aside.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_json(path: str | Path, option: str, what: str) -> Any:
+    """The content of a JSON file; raises UserError naming `option` and `what` it should be when it is missing or damaged."""
+    try:
+        return json.loads(check_exists(path, option, what).read_text())
+    except ValueError as error:
+        raise UserError(f"{option} {path} is no JSON ({error}): make {what} again.") from error
+
+
 def check_writable(folder: Path, option: str) -> Path:
     """Create `folder` and check that a file can be written there; raises UserError naming `option` otherwise."""
     try:

@@ -1,14 +1,16 @@
 """Processes and devices: one process group for one CPU process, one GPU, or many, and how a model is spread over them.
 
 Parallelism stays outside the models.  `setup` reads torchrun's environment; without it a group of one process is made,
-so that every script runs the same code everywhere.  `parallelize` wraps a GPT for DDP, FSDP2 or HSDP (DESIGN section 4).
+so that every script runs the same code everywhere.  `parallelize` wraps a GPT for DDP, FSDP2 or HSDP.
 
 The tokenizer's trainer averages gradients itself (`average_gradients`): an interleaved step runs the network twice
 before one backward pass and leaves some parameters without gradient, which DDP's reducer answers with a search of the
 whole graph at every step.
 """
 
+import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -160,6 +162,11 @@ def local_shard(tensor: Tensor) -> Tensor:
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, gathered; a plain tensor is returned as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients to a total norm of at most `max_norm` (0: leave them); returns the norm before."""
+    return full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))
 
 
 def split_batch(global_batch_size: int, micro_batch_size: int, world_size: int) -> tuple[int, int]:

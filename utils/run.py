@@ -23,7 +23,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from utils.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from utils.config import UserError, check_writable
+from utils.config import UserError, check_writable, write_json
 from utils.distributed import Processes, all_reduce_mean
 
 log = logging.getLogger("run")
@@ -95,7 +95,6 @@ class Run:
         set_up_logging(processes, self.folder / "log.txt")
         self.metrics = MeanMetrics()
         self.writer = SummaryWriter(str(self.folder / "tensorboard")) if processes.is_main else None
-        self.bar: tqdm | None = None
         self.started, self.first_step, self.logged = time.perf_counter(), 0, 0
         self.bad_steps: dict[str, int] = {}
 
@@ -115,20 +114,24 @@ class Run:
         self.first_step = self.logged = step
         if not self.processes.is_main:
             return
-        (self.folder / "options.json").write_text(json.dumps(self.config, indent=1))
+        if step < self.total_steps:  # a finished run keeps the options it was made by
+            write_json(self.folder / "options.json", self.config)
         metrics = self.folder / "metrics.jsonl"
         if metrics.exists():  # lines after the checkpoint will be written again
-            kept = [line for line in metrics.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-            aside = metrics.with_name(".metrics.jsonl")
-            aside.write_text("".join(line + "\n" for line in kept))
-            os.replace(aside, metrics)
+            lines = metrics.read_text().splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            if kept != lines:
+                aside = metrics.with_name(".metrics.jsonl")
+                aside.write_text("".join(line + "\n" for line in kept))
+                os.replace(aside, metrics)
 
     def steps(self) -> Iterator[int]:
         """Step numbers still to do, under a progress bar; seeds each step from (seed, step, rank)."""
-        self.bar = tqdm(range(self.first_step, self.total_steps), initial=self.first_step, total=self.total_steps,
-                        disable=not self.processes.is_main, desc=self.folder.name, dynamic_ncols=True, mininterval=1.0)
+        self.started = time.perf_counter()
+        bar = tqdm(range(self.first_step, self.total_steps), initial=self.first_step, total=self.total_steps,
+                   disable=not self.processes.is_main, desc=self.folder.name, dynamic_ncols=True, mininterval=1.0)
         with logging_redirect_tqdm():
-            for step in self.bar:
+            for step in bar:
                 torch.manual_seed(step_seed(self.options.seed, step, self.processes.rank))
                 yield step
 
@@ -141,9 +144,11 @@ class Run:
         seconds = time.perf_counter() - self.started
         self.started = time.perf_counter()
         steps, self.logged = done - self.logged, done
-        self.write(done, means | values | {"images_per_second": images * steps / seconds})
-        if self.bar is not None:
-            self.bar.set_postfix_str(" ".join(f"{name}={value:.3g}" for name, value in means.items())[:100])
+        scalars = means | values | {"images_per_second": images * steps / seconds}
+        if self.processes.device.type == "cuda":
+            scalars["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.processes.device) / 2**30
+        self.write(done, scalars)
+        log.info("step %d of %d: %s", done, self.total_steps, "  ".join(f"{name} {value:.4g}" for name, value in scalars.items()))
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Write scalars of `step` to metrics.jsonl and TensorBoard."""

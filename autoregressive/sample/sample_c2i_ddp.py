@@ -31,7 +31,7 @@ from autoregressive.sample.rejection import (
     keep_best,
     load_judge,
 )
-from utils.config import UserError, parse, run_main, to_dict
+from utils.config import UserError, parse, run_main, to_dict, write_json
 from utils.distributed import Processes, setup
 from utils.images import image_grid
 from utils.npz import ImageStore, already_finished, open_array
@@ -112,7 +112,7 @@ def draw(pipeline: Pipeline, path: Path, labels: np.ndarray, about: dict[str, An
     if processes.is_main:
         store.finish(arr_1=labels, kind=np.array(about["kind"]), options=np.array(json.dumps(about)))
         rate = {"images": missing, "images_per_second": missing / (time.perf_counter() - started)}
-        path.with_suffix(".rate.json").write_text(json.dumps(rate))
+        write_json(path.with_suffix(".rate.json"), rate)
     processes.barrier()
 
 

@@ -4,7 +4,6 @@ The models are loaded once.  Every range has an npz and a line of `sweep.json` o
 carries on with the ranges that are missing.  Figures are ADM's five, or with --judge those of a small classifier.
 """
 
-import json
 import logging
 import sys
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from evaluations.c2i.classifier import load_all, load_classifier
 from evaluations.c2i.evaluator import EvaluationFile, EvaluatorConfig, FeatureSource, compare
 from evaluations.c2i.judge import features_and_votes, judge
 from evaluations.c2i.metrics import feature_statistics
-from utils.config import UserError, check_exists, check_writable, parse, run_main
+from utils.config import UserError, check_exists, check_writable, parse, read_json, run_main, write_json
 from utils.distributed import Processes, setup
 from utils.images import open_images
 from utils.run import set_up_logging
@@ -99,7 +98,7 @@ def sweep(config: SweepConfig, processes: Processes) -> dict[str, dict[str, floa
         cfg_ranges(sampling, pipeline.gpt)
     make = judge_figures if config.judge else adm_figures
     evaluate = make(config, pipeline.image_size, processes.device) if processes.is_main else None
-    results = json.loads(results_file.read_text()) if results_file.exists() else {}
+    results = read_json(results_file, "--folder", "sweep.json") if processes.is_main and results_file.exists() else {}
     for text, sampling in options.items():
         pipeline.sampling = sampling
         out = config.folder / f"{text.replace(':', '-')}.npz"
@@ -109,7 +108,7 @@ def sweep(config: SweepConfig, processes: Processes) -> dict[str, dict[str, floa
                 about = {"samples": str(data["options"]), "reference": str(config.reference), "judge": config.judge}
             if results.get(text, {}).get("of") != about:
                 results[text] = {"figures": evaluate(out), "of": about}
-                results_file.write_text(json.dumps(results, indent=1))
+                write_json(results_file, results)
                 shown = results[text]["figures"].items()
                 log.info("%s: %s", text, "  ".join(f"{name} {value:.4g}" for name, value in shown if value))
         processes.barrier()

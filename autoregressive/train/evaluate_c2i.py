@@ -1,11 +1,10 @@
-"""Likelihood of a GPT on held-out codes: nats a code for every stream, and bits an image.
+"""Likelihood of a GPT on held-out codes: nats per code for every stream, and bits per image.
 
 The streams' cross-entropies add up to the code length of an image's codes, whatever the paradigm.  CTF's is the sum of
 its two stages', each evaluated with its own code map.  Bits of two tokenizers compare only beside what each tokenizer
 keeps of an image.
 """
 
-import json
 import logging
 import math
 import sys
@@ -15,17 +14,17 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from autoregressive.models.gpt import GPT
-from autoregressive.models.losses import STREAMS
 from utils.checkpoint import load_gpt
 from utils.code_map import load_code_map
-from utils.code_shards import CodeDataset, read_header, require_fit
-from utils.config import UserError, check_writable, parse, run_main
+from utils.code_shards import STREAMS, CodeDataset, read_header, require_fit
+from utils.config import UserError, check_writable, parse, run_main, write_json
 from utils.distributed import Processes, all_reduce_sum, setup
 from utils.run import set_up_logging
 
@@ -66,7 +65,7 @@ def open_codes(config: EvaluateConfig, gpt: GPT) -> CodeDataset:
     return CodeDataset(config.code_path, transform=code_map.apply if code_map else None)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def stream_nats(gpt: GPT, labels: Tensor, codes: Tensor) -> Tensor:
     """Sums over cells of the cross-entropy: labels [B], codes [B, C, N] -> [B, C'] nats of the predicted streams.
 
@@ -81,13 +80,18 @@ def stream_nats(gpt: GPT, labels: Tensor, codes: Tensor) -> Tensor:
 
 
 def evaluate(gpt: GPT, dataset: CodeDataset, batch_size: int, processes: Processes) -> dict[str, float]:
-    """Figures over all images: nats_NAME a code for each stream, bits_per_image, images."""
-    rows = range(processes.rank, len(dataset), processes.world_size)
-    sums = torch.zeros(len(gpt.paradigm.outputs) + 1, dtype=torch.float64, device=processes.device)  # nats, images
-    for first in tqdm(range(0, len(rows), batch_size), desc="evaluate", unit="batches", disable=not processes.is_main):
-        codes, labels = dataset.__getitems__([(0, row) for row in rows[first : first + batch_size]])
-        nats = stream_nats(gpt, labels.to(processes.device), codes.to(processes.device))
-        sums = sums + torch.cat([nats.double().sum(0), torch.tensor([len(nats)], device=nats.device)])
+    """Figures over all images: nats_NAME per code of each stream, bits_per_image, images.
+
+    Every process makes as many passes, as sharded models need; those that have no image left count none.
+    """
+    share, streams = -(-len(dataset) // processes.world_size), len(gpt.paradigm.outputs)
+    sums = torch.zeros(streams + 1, dtype=torch.float64, device=processes.device)   # nats, images
+    for first in tqdm(range(0, share, batch_size), desc="evaluate", unit="batches", disable=not processes.is_main, leave=False):
+        rows = np.arange(first, min(first + batch_size, share)) * processes.world_size + processes.rank
+        codes, labels = dataset.__getitems__([(0, row) for row in rows.clip(max=len(dataset) - 1)])
+        nats = stream_nats(gpt, labels.to(processes.device), codes.to(processes.device)).double()  # [B, C']
+        counted = torch.from_numpy(rows < len(dataset)).to(nats)[:, None]                          # [B, 1]
+        sums = sums + (torch.cat([nats, torch.ones_like(counted)], dim=1) * counted).sum(0)
     *nats, count = all_reduce_sum(sums, processes).tolist()
     figures = {f"nats_{name}": value / count / gpt.config.cells for name, value in zip(STREAMS[len(nats)], nats, strict=True)}
     return figures | {"bits_per_image": sum(nats) / count / math.log(2), "images": int(count)}
@@ -102,11 +106,12 @@ def main() -> None:
         check_writable(config.out.parent, "--out")
     gpt = load_gpt(config.gpt_ckpt, processes.device)
     figures = evaluate(gpt, open_codes(config, gpt), config.batch_size, processes)
+    figures["steps"] = gpt.extra.get("step", 0)  # of its training; 0: imported
     if processes.is_main:
         for name, value in figures.items():
             print(f"{name:18} {value:.4f}")
         if config.out is not None:
-            config.out.write_text(json.dumps(figures, indent=1))
+            write_json(config.out, figures)
     processes.close()
 
 

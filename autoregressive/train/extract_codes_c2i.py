@@ -45,7 +45,7 @@ class ExtractConfig:
     crop_range: float = 1.1
     """Ten-crop: enlarge images by this factor before cutting (LlamaGen: 1.1 and 1.05)."""
     batch_size: int = 32
-    """Images a process encodes at once, each with all its crops."""
+    """Crops a process encodes at once; at least all of one image."""
     device: str = "auto"
     """auto, cuda or cpu."""
 
@@ -87,10 +87,10 @@ def collate(items: list[tuple[int, Tensor | None]]) -> tuple[np.ndarray, Tensor 
 
 
 def encode(tokenizer: VQModel, crops: Tensor, device: torch.device) -> np.ndarray:
-    """uint8 crops [n, crops, H, W, 3] -> codes uint16 [n, crops, C, N]."""
+    """uint8 crops [n, crops, H, W, 3] -> codes int64 [n, crops, C, N]."""
     images = to_tensor(crops.flatten(0, 1)).to(device, memory_format=torch.channels_last)
     codes = tokenizer.encode(images).flatten(2)                                    # [n crops, C, N]
-    return codes.unflatten(0, crops.shape[:2]).cpu().numpy().astype(np.uint16)
+    return codes.unflatten(0, crops.shape[:2]).cpu().numpy()
 
 
 def make_header(config: ExtractConfig, source: ImageSource, tokenizer: VQModel) -> CodeHeader:
@@ -123,7 +123,7 @@ def extract(config: ExtractConfig, processes: Processes) -> None:
     missing = writer.missing()
     processes.barrier()  # all have read the same state before anyone writes
     rows = missing[processes.rank :: processes.world_size]
-    loader = DataLoader(CropDataset(source, rows, config), config.batch_size, collate_fn=collate,
+    loader = DataLoader(CropDataset(source, rows, config), max(config.batch_size // header.crops, 1), collate_fn=collate,
                         num_workers=config.images.num_workers)
     bar = tqdm(total=len(rows), desc="extract", unit="images", disable=not processes.is_main, dynamic_ncols=True,
                mininterval=1.0)

@@ -8,8 +8,8 @@ before the optimizer; all other metrics stay on the device until they are logged
 import logging
 import math
 import sys
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,18 +27,20 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils.data import DataLoader
 
 from autoregressive.models.generate import sampling_preset
-from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
+from autoregressive.models.gpt import GPT, GPT_models
 from autoregressive.models.losses import ObjectiveOptions, check_objective, objective
 from autoregressive.models.paradigms import PARADIGMS
+from autoregressive.models.transformer import GPTConfig
+from autoregressive.train import evaluate_c2i
 from utils.batches import GlobalBatches
-from utils.checkpoint import export, initialise_optimizer
+from utils.checkpoint import export, exported_step, initialise_optimizer, load_weights, read_export
 from utils.code_map import CodeMap, load_code_map
 from utils.code_shards import CodeDataset, CodeHeader, as_batch, read_header, require_fit
 from utils.config import UserError, parse, run_main, to_dict
 from utils.distributed import (
     DataParallel,
     Processes,
-    full_tensor,
+    clip_gradients,
     parallelize,
     setup,
     shard_group,
@@ -94,6 +96,12 @@ class TrainConfig:
     objective: ObjectiveOptions
     code_map: str = ""
     """Code map written by rearrange.py, applied while reading: IAR's new order, CTF's coarse or (coarse, fine) labels."""
+    val_code_path: str = ""
+    """Held-out codes: their cross-entropy and bits per image are logged every --eval-every steps; empty: none."""
+    eval_every: int = 5000
+    """Steps between evaluations on --val-code-path; 0: only at the end."""
+    init_from: str = ""
+    """gpt.safetensors or run folder whose weights start this run, of the same shape; the grid may differ."""
     epochs: float = 300
     """Passes over the data, unless --steps is given."""
     steps: int = 0
@@ -117,7 +125,7 @@ class TrainConfig:
     beta2: float = 0.95
     """AdamW."""
     max_grad_norm: float = 1.0
-    """Clip the gradient norm to this."""
+    """Clip the gradient norm to this; 0: do not clip."""
     ema_decay: float = 0.0
     """Average the weights with this decay and export the averages; 0: off."""
     data_parallel: DataParallel = "ddp"
@@ -167,14 +175,18 @@ def recipe(config: TrainConfig) -> dict[str, Any]:
     """The row for the codebooks, size and cells that the command line names, or nothing."""
     tokens = (config.gpt.image_size // config.gpt.downsample_size) ** 2
     name = "GPT-XXL" if config.gpt.gpt_model in ("GPT-3B", "GPT-XXXL") else config.gpt.gpt_model
-    return RECIPES.get((len(known_codebooks(config)), name, tokens), {})
+    sizes, code_map = known_codes(config)
+    # Both stages of CTF see one codebook through a map, (coarse, fine) labels too, and train as LlamaGen does.
+    return RECIPES.get((1 if code_map and code_map.coarse else len(sizes), name, tokens), {})
 
 
-def known_codebooks(config: TrainConfig) -> tuple[int, ...]:
-    """Codebook sizes from the command line or the codes; IAR2's where neither says them (a dry run)."""
-    if config.gpt.codebook_sizes or not (config.code_path / "header.json").exists():
-        return config.gpt.codebook_sizes or (256, 4096)
-    return tuple(open_codes(config)[0].codebook_sizes)
+def known_codes(config: TrainConfig) -> tuple[tuple[int, ...], CodeMap | None]:
+    """Codebook sizes as the GPT will see them, and the code map; IAR2's sizes where nothing says them (a dry run)."""
+    if (config.code_path / "header.json").exists():
+        header, code_map = open_codes(config)
+        return config.gpt.codebook_sizes or tuple(header.codebook_sizes), code_map
+    code_map = load_code_map(config.code_map) if config.code_map else None
+    return config.gpt.codebook_sizes or (tuple(code_map.codebook_sizes) if code_map else (256, 4096)), code_map
 
 
 def choose_paradigm(options: GPTOptions, codebook_sizes: tuple[int, ...], code_map: CodeMap | None) -> str:
@@ -274,6 +286,10 @@ class Training:
                  "optimizer": get_optimizer_state_dict(self.model, self.optimizer)}
         return state | ({"ema": self.ema.state_dict()} if self.ema else {})
 
+    def averaged(self) -> AbstractContextManager:
+        """Within the block the model has its averaged weights, where averaging is on."""
+        return self.ema.applied() if self.ema else nullcontext()
+
     def restore(self, state: dict) -> None:
         """Take over a loaded state."""
         set_model_state_dict(self.model, state["model"])
@@ -286,6 +302,8 @@ def set_up(config: TrainConfig, model_config: GPTConfig, processes: Processes) -
     """Model and optimizer before the first step; every process draws the same initial weights."""
     torch.manual_seed(config.run.seed)
     gpt = GPT(model_config)
+    if config.init_from:
+        load_weights(gpt, read_export(config.init_from, "gpt", "--init-from")[1], f"--init-from {config.init_from}")
     gpt.activation_checkpointing = config.activation_checkpointing
     gpt.to(processes.device)
     bf16 = uses_bf16(config, processes.device)
@@ -309,7 +327,7 @@ def train_step(training: Training, loader, accumulation: int, config: TrainConfi
             loss, parts = objective(logits, training.gpt.paradigm.targets(codes), config.objective)
         (loss / accumulation).backward()
         run.metrics.add(parts)
-    norm = full_tensor(nn.utils.clip_grad_norm_(training.model.parameters(), config.max_grad_norm))
+    norm = clip_gradients(training.model.parameters(), config.max_grad_norm)
     if run.require_finite(norm, step):
         training.optimizer.step()
         if training.ema:
@@ -320,16 +338,39 @@ def train_step(training: Training, loader, accumulation: int, config: TrainConfi
 
 def describe(config: TrainConfig, model: GPTConfig, header: CodeHeader, code_map: CodeMap | None) -> dict[str, Any]:
     """All that sampling needs to know about the GPT beside its weights."""
-    coarse = {"coarse": code_map.coarse, "coarse_of": code_map.table[:, 0].tolist()} if code_map and code_map.coarse else {}
-    return coarse | {"model": to_dict(model), "gpt_model": config.gpt.gpt_model, "tokenizer": header.tokenizer,
-            "image_size": header.image_size, "ema": config.ema_decay,
-            "sampling": sampling_preset(config.gpt.gpt_model, len(model.codebook_sizes), model.grid_size)}
+    about = {"model": to_dict(model), "gpt_model": config.gpt.gpt_model, "tokenizer": header.tokenizer,
+             "image_size": header.image_size, "ema": config.ema_decay,
+             "sampling": sampling_preset(config.gpt.gpt_model, len(model.codebook_sizes), model.grid_size)}
+    if code_map and code_map.coarse:
+        about |= {"coarse": code_map.coarse, "coarse_of": code_map.table[:, 0].tolist()}
+    return about
+
+
+def open_held_out(config: TrainConfig, model: GPTConfig) -> CodeDataset | None:
+    """The codes of --val-code-path as the GPT sees them; raises UserError where they do not fit."""
+    if not config.val_code_path:
+        return None
+    held_out = replace(config, code_path=Path(config.val_code_path))
+    header, code_map = open_codes(held_out)
+    check_codes(held_out, model, header)
+    return CodeDataset(held_out.code_path, transform=code_map.apply if code_map else None)
+
+
+def evaluate(training: Training, held_out: CodeDataset, config: TrainConfig, run: Run, step: int) -> None:
+    """Log the likelihood of held-out codes under the averaged (or, without averaging, the present) weights."""
+    device, sharded = run.processes.device, config.data_parallel in ("fsdp", "hsdp")
+    batch, _ = split_batch(config.global_batch_size, config.micro_batch_size, run.processes.world_size)
+    training.model.eval()
+    with training.averaged(), torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config, device) and not sharded):
+        figures = evaluate_c2i.evaluate(training.gpt, held_out, batch, run.processes)
+    training.model.train()
+    run.write(step + 1, {f"eval/{name}": value for name, value in figures.items()})
+    log.info("step %d: held-out %s", step + 1, "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
 
 
 def export_gpt(training: Training, run: Run, step: int) -> None:
     """Write gpt.safetensors, averaged weights where averaging is on."""
-    averaged = training.ema.applied() if training.ema else nullcontext()
-    with averaged:
+    with training.averaged():
         export(run.folder / "gpt.safetensors", "gpt", get_model_state_dict(training.model),
                run.config["export"] | {"step": step}, run.processes)
 
@@ -348,7 +389,9 @@ def train(config: TrainConfig, processes: Processes) -> None:
     run = Run(config.run, {"model": to_dict(model_config) | {"tokenizer": header.tokenizer} | coarse,
                            "defaults": to_dict(GPTConfig()) | {"coarse": ""}, "options": to_dict(config),
                            "export": describe(config, model_config, header, code_map)}, processes, total_steps)
+    held_out = open_held_out(config, model_config)
     training = set_up(config, model_config, processes)
+    training.gpt.extra = run.config["export"]
     log.info("%s: %.1fM parameters, %d steps of %d images, %s on %d processes", config.gpt.gpt_model,
              sum(p.numel() for p in training.gpt.parameters()) / 1e6, total_steps, config.global_batch_size,
              config.data_parallel, processes.world_size)
@@ -366,17 +409,20 @@ def train(config: TrainConfig, processes: Processes) -> None:
             group["lr"] = lr
         train_step(training, loader, accumulation, config, run, step)
         run.after_step(step, config.global_batch_size, lr=lr)
+        if held_out and run.due(config.eval_every, step):
+            evaluate(training, held_out, config, run, step)
         if run.due(config.run.checkpoint_every, step):
             run.checkpoint(step, training.state())
             export_gpt(training, run, step + 1)
-    if first_step >= total_steps:  # killed between the last checkpoint and its export
+    if first_step >= total_steps and exported_step(run.folder, "gpt") < total_steps:
+        # Killed between the last checkpoint and its export.
         export_gpt(training, run, total_steps)
     run.close()
 
 
 def print_dry_run(config: TrainConfig, processes: Processes) -> None:
     """Resolved options, parameter count and an estimate of memory per device."""
-    model_config = gpt_config(config.gpt, known_codebooks(config))
+    model_config = gpt_config(config.gpt, *known_codes(config))
     with torch.device("meta"):
         gpt = GPT(model_config)
     parameters, head = sum(p.numel() for p in gpt.parameters()), getattr(gpt.paradigm, "head", None)

@@ -8,7 +8,6 @@ differs in the last digits is in the README beside this file.  Features are kept
 neither the npz nor the weights change.
 """
 
-import json
 import logging
 import os
 import re
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -47,7 +46,7 @@ from evaluations.c2i.metrics import (
     inception_score,
     precision_recall,
 )
-from utils.config import UserError, check_exists, check_writable, parse, run_main, to_dict
+from utils.config import UserError, check_exists, check_writable, parse, run_main, to_dict, write_json
 from utils.npz import NPZ_ERRORS, array_header, array_keys, open_array
 
 logger = logging.getLogger("evaluator")
@@ -370,16 +369,6 @@ def print_result(metrics: dict[str, float | None]) -> None:
     for key, title in METRICS.items():
         value = metrics[key]
         print(f"{title:<{width}}  {'n/a' if value is None else format(value, '.4f'):>10}")
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` beside `path` and rename it into place."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -4,7 +4,6 @@ For images that Inception says little about. The reference is a set of real imag
 on; real images judged against it give the floor of the distance.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 
 from evaluations.c2i.classifier import SmallClassifier, load_all, load_classifier
 from evaluations.c2i.metrics import feature_statistics, frechet_distance
-from utils.config import UserError, check_exists, check_writable, parse, run_main
+from utils.config import UserError, check_exists, check_writable, parse, run_main, write_json
 from utils.distributed import setup
 from utils.images import open_images, to_tensor
 
@@ -84,7 +83,7 @@ def main() -> None:
             if "kind" in data.files and str(data["kind"]) == "reconstruction" and len(samples) == len(images):
                 samples, wanted = samples[~half], wanted[~half]  # not of the images that make the reference
             results[path.stem] = judge(classifier, samples, wanted, reference, device)
-    config.out.write_text(json.dumps(results, indent=1))
+    write_json(config.out, results)
     for name, figures in results.items():
         print(f"{name:24} class accuracy {figures['class_accuracy']:.3f}   Fréchet {figures['frechet']:.4f}   "
               f"{figures['images']} images")

@@ -11,7 +11,6 @@ codes as the tokenizer uses them; L2-normalised ones are at most 2 apart.  Image
 decoded ones are clamped.
 """
 
-import json
 import logging
 import sys
 from collections.abc import Iterator
@@ -35,7 +34,7 @@ from tokenizer.tokenizer_image.quantizer import Streams
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.batches import ImageOptions
 from utils.checkpoint import load_tokenizer
-from utils.config import UserError, check_writable, parse, run_main
+from utils.config import UserError, check_writable, parse, run_main, write_json
 from utils.distributed import setup
 from utils.images import ImageDataset, image_grid, open_images, to_uint8
 from utils.run import set_up_logging
@@ -212,7 +211,7 @@ def main() -> None:
     tokenizer, streams = open_tokenizer(config, processes.device)
     replaced = replacements(tokenizer.quantizer.table(config.stream), config.points)
     curve = measure(config, tokenizer, streams, dataset, replaced, processes.device)
-    (config.out / "code_distance.json").write_text(json.dumps(curve, indent=1))
+    write_json(config.out / "code_distance.json", curve)
     draw_curves(curve, config).savefig(config.out / "code_distance.png", dpi=120)
     draw_images(config, tokenizer, streams, dataset, replaced, [point["distance"] for point in curve],
                 processes.device).save(config.out / "code_distance_images.png")

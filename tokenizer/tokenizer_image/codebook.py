@@ -1,7 +1,7 @@
 """Care of codebooks: k-means initialisation, usage over a whole set, revival of dead codes.
 
-Not in the paper; options of the trainer.  A uniformly initialised detail codebook leaves most codes unused on small
-data (DESIGN section 9 of the plan measured 15% against 99% with k-means).
+Not in the paper; options of the trainer, for small data, where a uniformly initialised detail codebook leaves most codes
+unused.
 """
 
 import logging
@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor, nn
 
-from autoregressive.models.losses import STREAMS
 from tokenizer.tokenizer_image.quantizer import VectorQuantizer, nearest
+from utils.code_shards import STREAMS
 from utils.config import UserError
 from utils.distributed import Processes, all_reduce_sum, broadcast
 

@@ -8,7 +8,6 @@ equal sizes (a transport problem), so that the objective falls at every iteratio
 """
 
 import hashlib
-import json
 import logging
 import pickle
 import sys
@@ -33,7 +32,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from utils.checkpoint import export, fingerprint, load_tokenizer, read_export
 from utils.code_map import CodeMap
-from utils.config import UserError, check_exists, check_writable, parse, run_main
+from utils.config import UserError, check_exists, check_writable, parse, run_main, write_json
 from utils.distributed import setup
 from utils.run import set_up_logging
 
@@ -389,7 +388,7 @@ def main() -> None:
     figures = {"method": options.method, "mapping": options.mapping, "clusters": clusters, "codes": len(labels),
                "seed": options.seed, "objective": objective(vectors, labels), "size_min": int(sizes.min()),
                "size_max": int(sizes.max()), "iterations": iterations, "seconds": round(seconds, 3)}
-    (options.out / "clusters.json").write_text(json.dumps(figures, indent=1))
+    write_json(options.out / "clusters.json", figures)
     draw(options.out / "clusters.png", vectors, order)
     log.info("%d codes in %d clusters of %d to %d, mean squared distance %.5f, %.1f s; wrote %s", len(labels), clusters,
              sizes.min(), sizes.max(), figures["objective"], seconds, options.out)

@@ -4,7 +4,6 @@ PSNR and SSIM are means over images, on uint8 pixels with data range 255 (SSIM: 
 reconstructions; compare it with the npz that `val_ddp.py` makes of the same images.
 """
 
-import json
 import logging
 import sys
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from tokenizer.tokenizer_image.quantizer import Streams
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.batches import ImageOptions
 from utils.checkpoint import load_tokenizer
-from utils.config import UserError, check_writable, parse, run_main
+from utils.config import UserError, check_writable, parse, run_main, write_json
 from utils.distributed import Processes, all_reduce_sum, setup
 from utils.images import ImageDataset, open_images, to_uint8
 from utils.npz import ImageStore
@@ -119,7 +118,7 @@ def main() -> None:
     processes.barrier()
     if processes.is_main:
         store.finish(arr_1=source.labels, kind=np.array("reconstruction"))
-        config.out.with_suffix(".json").write_text(json.dumps(figures, indent=1))
+        write_json(config.out.with_suffix(".json"), figures)
         for name, value in figures.items():
             print(f"{name:22} {value if isinstance(value, str) else f'{value:.4f}'}")
     dataset.report_skipped()

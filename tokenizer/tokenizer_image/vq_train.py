@@ -38,9 +38,9 @@ from tokenizer.tokenizer_image.quantizer import QUANTIZERS, Quantized
 from tokenizer.tokenizer_image.vq_loss import RECIPES, TokenizerLoss
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQConfig, VQModel, build_tokenizer
 from utils.batches import GlobalBatches, ImageOptions, train_loader
-from utils.checkpoint import export, fingerprint, initialise_optimizer, load_weights, read_export
+from utils.checkpoint import export, exported_step, fingerprint, initialise_optimizer, load_weights, read_export
 from utils.config import UserError, check_writable, parse, run_main, to_dict
-from utils.distributed import Processes, average_gradients, setup, split_batch
+from utils.distributed import Processes, average_gradients, clip_gradients, setup, split_batch
 from utils.ema import EMA
 from utils.images import ImageDataset, open_images
 from utils.run import Run, RunOptions, set_up_logging
@@ -95,7 +95,7 @@ class VQTrainConfig:
     lr_end: float = -1.0
     """Learning rate reached by cosine decay at the last step; negative: constant."""
     max_grad_norm: float = 1.0
-    """Clip the gradient norm to this."""
+    """Clip the gradient norm to this; 0: do not clip."""
     perceptual_net: PerceptualNet = "vgg"
     """LPIPS backbone vgg, alex or squeeze; random (no download); or classifier, a local one."""
     perceptual_weights: str = ""
@@ -126,7 +126,7 @@ def optimizer_step(name: str, parameters: list[nn.Parameter], optimizer: torch.o
                    max_norm: float) -> Tensor:
     """Average, clip and apply gradients that `loss.backward()` has accumulated; a non-finite step is left out."""
     average_gradients(parameters, run.processes)
-    norm = nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], max_norm)
+    norm = clip_gradients([p for p in parameters if p.grad is not None], max_norm)
     if run.require_finite(norm, step, name):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -386,7 +386,8 @@ def train(config: VQTrainConfig, processes: Processes) -> None:
             figures = evaluate(training, evaluation_set, config, run, step)
         if run.due(config.run.checkpoint_every, step):
             export_tokenizer(training, config, run, step + 1, figures)
-    if first_step >= total_steps:  # killed between the last checkpoint and its export
+    if first_step >= total_steps and exported_step(run.folder, "tokenizer") < total_steps:
+        # Killed between the last checkpoint and its export.
         figures = evaluate(training, evaluation_set, config, run, total_steps - 1)
         export_tokenizer(training, config, run, total_steps, figures)
     training_set.report_skipped()
