@@ -3,18 +3,22 @@
 import ast
 import dataclasses
 import importlib
+import os
 import re
 import subprocess
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
+import torch
 
-from autoregressive.models.generate import GUIDANCE, SamplingOptions
+from autoregressive.models import generate
 from autoregressive.models.paradigms import PARADIGMS
 from autoregressive.train.train_c2i import GPTOptions
 from tokenizer.tokenizer_image.quantizer import QUANTIZERS
 from tokenizer.tokenizer_image.vq_train import VQTrainConfig
+from utils.checkpoint import load_gpt, load_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ROOMS = ("tokenizer", "autoregressive", "evaluations", "utils", "scripts")
@@ -40,7 +44,7 @@ def relative(path: Path) -> str:
     return str(path.relative_to(REPOSITORY))
 
 
-def test_top_level_is_the_plan():
+def test_top_level_is_llamagens():
     """A newcomer finds LlamaGen's rooms and nothing else."""
     tracked = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True).stdout.split()
     if not tracked:
@@ -126,7 +130,8 @@ def test_every_flag_is_read_somewhere():
 
 def test_options_name_every_row_of_their_tables():
     """A paradigm, quantizer or guidance schedule that is in its table but no choice of its option cannot be had."""
-    for owner, option, rows in ((SamplingOptions, "guidance", GUIDANCE), (GPTOptions, "paradigm", ["auto", *PARADIGMS]),
+    for owner, option, rows in ((generate.SamplingOptions, "guidance", generate.GUIDANCE),
+                                (GPTOptions, "paradigm", ["auto", *PARADIGMS]),
                                 (VQTrainConfig, "quantizer", ["auto", *QUANTIZERS])):
         assert list(get_args(owner.__annotations__[option])) == list(rows), option
 
@@ -144,6 +149,42 @@ def test_torch_load_never_unpickles_objects():
     for path in SOURCES:
         for call in re.findall(r"torch\.load\([^\n]*", path.read_text()):
             assert "weights_only=True" in call, f"{relative(path)}: {call}"
+
+
+def test_the_readme_example_in_python_runs(models):
+    """The first lines a user copies."""
+    def load(path: str):
+        gpt = load_gpt(models[0])
+        gpt.extra["sampling"] = {"guidance": "attention", "cfg_scale": [1.5, 3.0], "cfg_attention_weight": 0.1}
+        return gpt
+
+    block = re.search(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL).group(1)
+    names = {"load_gpt": load, "load_tokenizer": lambda path: load_tokenizer(models[1]), "draw_uniforms": generate.draw_uniforms,
+             "generate": generate.generate, "carried_sampling": generate.carried_sampling, "np": np,
+             "images": torch.rand(2, 3, 32, 32) * 2 - 1, "labels": torch.tensor([0, 2])}
+    exec(block, names)
+    assert names["images"].shape == (2, 3, 32, 32)
+    assert [tuple(part.shape) for part in names["logits"]] == [(2, 16, 8), (2, 16, 16)]
+    assert generate.carried_sampling(names["gpt"]) == generate.SamplingOptions("attention", (1.5, 3.0), 0.1)
+
+
+def test_two_stages_take_one_run_folder(tmp_path):
+    """--run-dir of the two-stage launcher is the folder of both runs, and GPT runs are named by flags in either spelling."""
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\necho "$@"\n')
+    fake.chmod(0o755)
+
+    def started(script: str, *options: str) -> list[str]:
+        environment = os.environ | {"PYTHON": str(fake), "REQUIREMENTS_MET_BY": str(fake), "NPROC": "1"}
+        command = ["bash", REPOSITORY / "scripts" / script, *options]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        return [re.findall(r"--run-dir (\S+)", line)[-1] for line in done.stdout.splitlines()]
+
+    train = "tokenizer/train_dual_vq.sh"
+    assert started(train, "--data-path", "d") == ["runs/vq/semantic", "runs/vq/dual"]
+    assert started(train, "--run-dir", "R") == started(train, "--run_dir=R") == ["R/semantic", "R/dual"]
+    assert started("autoregressive/train_c2i.sh", "--gpt_model", "GPT-L", "--image-size=384") == ["runs/GPT-L-384"]
+    assert started("autoregressive/train_c2i.sh", "--run-dir", "R") == ["R"]
 
 
 def test_shell_scripts_parse():

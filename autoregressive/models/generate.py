@@ -102,6 +102,12 @@ class SamplingOptions:
     """Sample i is a function of (seed, i) alone."""
 
 
+def carried_sampling(gpt: GPT) -> SamplingOptions:
+    """The sampling options that a loaded checkpoint carries; defaults where it says nothing."""
+    carried = gpt.extra.get("sampling", {})
+    return SamplingOptions(**{name: tuple(value) if isinstance(value, list) else value for name, value in carried.items()})
+
+
 def per_stream(values: tuple, streams: int, option: str) -> tuple:
     """Repeat one value for all streams; raises UserError when the count fits neither one nor `streams`."""
     if len(values) not in (1, streams):
