@@ -1,6 +1,6 @@
 """Time decoding and training of a GPT, beside the same weights in the structure of the published code.
 
-    python scripts/benchmark.py decode      ms a cell, tokens/s, images/s
+    python scripts/benchmark.py decode      ms per cell, tokens/s, images/s
     python scripts/benchmark.py train       ms a forward and backward pass, tokens/s
     python scripts/benchmark.py evaluate    seconds of each of the evaluator's phases on random features
 

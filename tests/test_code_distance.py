@@ -24,7 +24,7 @@ def codebook() -> torch.Tensor:
 
 @pytest.fixture
 def checkers(tmp_path):
-    """Images of 2x2 black and white squares, one a cell of the tiny tokenizer, twelve in two classes."""
+    """Images of 2x2 black and white squares, one per cell of the tiny tokenizer, twelve in two classes."""
     squares = np.random.default_rng(1).choice([0, 255], (12, 2, 2)).astype(np.uint8)
     for index, image in enumerate(squares.repeat(8, 1).repeat(8, 2)):
         path = tmp_path / "checkers" / f"class{index // 6}" / f"{index}.png"

@@ -400,7 +400,7 @@ def test_user_errors_are_one_line(tmp_path):
 
 WARNINGS = {
     "few samples": ({}, {}, [], "fewer than 50000 images"),
-    "unbalanced labels": ({}, dict(arr_1=np.array([0, 0, 0, 1])), [], "unbalanced labels, 1 to 3 images a class"),
+    "unbalanced labels": ({}, dict(arr_1=np.array([0, 0, 0, 1])), [], "unbalanced labels, 1 to 3 images per class"),
     "sorted by class": ({}, dict(count=6000, arr_1=np.repeat(np.arange(10), 600)), [], "sorted by class"),
     "labels of no use": ({}, dict(arr_1=np.zeros(3)), [], "arr_1 that is not one integer label"),
     "sizes": (dict(size=8), {}, [], "8x8 pixels and those of .* 4x4"),

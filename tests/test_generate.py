@@ -179,7 +179,7 @@ def test_caches_are_allocated_once(gpt, monkeypatch):
     gpt.paradigm.head.layers[0].register_forward_hook(lambda module, inputs, output: passes.append(inputs[0].shape[1]))
     draw(gpt, OPTIONS)
     assert gpt_module.KVCache is local_head.KVCache and len(made) == 2
-    assert len(compressed) == 16 + 1  # once a cell, once for the border
+    assert len(compressed) == 16 + 1  # once per cell, once for the border
     assert passes == [2, 1] * 16      # summary with state, then the semantic embedding
 
 

@@ -141,7 +141,7 @@ def test_stages_that_do_not_belong_together_are_refused(capsys, world, runs, tmp
 
 
 def test_likelihood_of_the_stages_adds_up(world, runs, tmp_path):
-    """Bits an image are the code length: an untrained model's is known, and CTF's is the sum of its stages."""
+    """Bits per image are the code length: an untrained model's is known, and CTF's is the sum of its stages."""
     def bits(name: str, *extra) -> dict:
         call(evaluate_c2i.main, "--gpt-ckpt", runs[name], "--code-path", world / "codes", "--out", tmp_path / "bits.json",
              "--device", "cpu", *extra)
@@ -212,7 +212,7 @@ def test_both_stages_of_ctf_train_by_one_recipe(world, size, capsys):
 
 
 def test_a_sweep_draws_each_range_once(world, runs, tmp_path, capsys, monkeypatch):
-    """Figure 7a and table 9: one loaded model, a line a range, and a second call that draws and judges nothing."""
+    """Figure 7a and table 9: one loaded model, a line per range, and a second call that draws and judges nothing."""
     rng = np.random.default_rng(0)
     export_random(runs["llamagen"], tmp_path / "gpt")
     np.savez(tmp_path / "real.npz", images=rng.integers(0, 255, (30, 32, 32, 3), dtype=np.uint8), labels=np.arange(30) % 3)

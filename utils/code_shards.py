@@ -1,4 +1,4 @@
-"""Codes on disk: one memory-mapped array a data set instead of a file an image.
+"""Codes on disk: one memory-mapped array per data set instead of a file per image.
 
 A code folder holds `codes.npy` (uint16 [images, crops, C, N]; uint32 for codebooks of more than 65,536 codes), `labels.npy`
 (int64 [images]), `state.npy` (uint8 per row: 0 missing, 1 done, 2 unreadable image) and `header.json`, which says what
@@ -145,7 +145,7 @@ class CodeDataset(Dataset):
         """A whole batch at once: codes int64 [B, C, N], labels int64 [B]."""
         epochs, indices = np.array(items).T
         rows = self.rows[indices]
-        # A counter-based hash instead of a generator an item: this runs for every image of every step.
+        # A counter-based hash instead of a generator per item: this runs for every image of every step.
         crops = _mix(epochs + self.seed * 1_000_003, indices) % self.codes.shape[1]
         codes = self.codes[rows, crops].astype(np.int64)
         if self.transform is not None:

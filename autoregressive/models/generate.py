@@ -93,11 +93,11 @@ class SamplingOptions:
     cfg_interval: int = -1
     """Guide only the first and as many more trunk steps as this plus one (LlamaGen); -1 guides all."""
     temperature: tuple[float, ...] = (1.0,)
-    """Softmax temperature, one value or one a stream; 0 takes the likeliest code."""
+    """Softmax temperature, one value or one per stream; 0 takes the likeliest code."""
     top_k: tuple[int, ...] = (0,)
-    """Keep the k likeliest codes, one value or one a stream; 0 keeps all."""
+    """Keep the k likeliest codes, one value or one per stream; 0 keeps all."""
     top_p: tuple[float, ...] = (1.0,)
-    """Keep the likeliest codes of total probability p, one value or one a stream."""
+    """Keep the likeliest codes of total probability p, one value or one per stream."""
     seed: int = 0
     """Sample i is a function of (seed, i) alone."""
 

@@ -2,7 +2,7 @@
 
 Each cell sees the trunk states of its causal neighbours in a K x K window, compressed and joined into one summary; a
 small transformer runs over the slots [summary, trunk state, embeddings of the streams already chosen].  Compression
-acts on single vectors, so it runs once a cell and the small results are gathered: while decoding, only they are kept.
+acts on single vectors, so it runs once per cell and the small results are gathered: while decoding, only they are kept.
 Table 6's variants are `context`: "compressed", "concatenated" (joined at full width), "none" (no summary).
 """
 

@@ -116,7 +116,7 @@ def sweep(config: SweepConfig, processes: Processes) -> dict[str, dict[str, floa
 
 
 def write_table(results: dict[str, dict[str, float]], path: Path) -> None:
-    """Markdown table, a row a range."""
+    """Markdown table, a row per range."""
     names = list(next(iter(results.values())))
     lines = ["| start | end | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 2)]
     for text, figures in results.items():

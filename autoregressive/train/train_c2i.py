@@ -1,7 +1,7 @@
 """Train a class-conditional GPT on extracted codes: one loop for one device, DDP, FSDP2 and HSDP.
 
 Paper section 4.3.3 (equation 14) and table 11, whose rows `--gpt-model` and the number of tokens select; a typed flag
-wins over the recipe.  Deviation: the gradient norm is read once a step, because a non-finite step must be stopped
+wins over the recipe.  Deviation: the gradient norm is read once per step, because a non-finite step must be stopped
 before the optimizer; all other metrics stay on the device until they are logged.
 """
 
@@ -76,7 +76,7 @@ class GPTOptions:
     window_size: int = 5
     """Side K of the head's local window (equation 15)."""
     rotary: Literal["grid", "repeated"] = "grid"
-    """Rotary rows: one a cell, or the released table, which repeats rows."""
+    """Rotary rows: one per cell, or the released table, which repeats rows."""
     head_rotary: Literal["none", "zero_summary"] = "none"
     """Rotation of the head's slots: none, or the released zero row for the summary."""
     dropout: float = 0.1
@@ -107,7 +107,7 @@ class TrainConfig:
     steps: int = 0
     """Optimizer steps; 0: from --epochs."""
     global_batch_size: int = 256
-    """Images a step, over all processes and micro-batches."""
+    """Images per step, over all processes and micro-batches."""
     micro_batch_size: int = 0
     """Images a process takes at once; 0: its whole share (no gradient accumulation)."""
     lr: float = 1e-4

@@ -50,7 +50,7 @@ class ClassifierTrainConfig:
     epochs: int = 8
     """Passes over the data."""
     batch_size: int = 128
-    """Images a step."""
+    """Images per step."""
     lr: float = 2e-3
     """Peak of the one-cycle learning rate."""
     seed: int = 0

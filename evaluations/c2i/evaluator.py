@@ -228,7 +228,7 @@ def find_pitfalls(reference: EvaluationFile, sample: EvaluationFile, purpose: st
     if purpose == "generation" and (labels := sample.labels()) is not None:
         _, counts = np.unique(labels, return_counts=True)
         if counts.min() != counts.max():
-            found.append(f"{sample.where} has unbalanced labels, {counts.min()} to {counts.max()} images a class in "
+            found.append(f"{sample.where} has unbalanced labels, {counts.min()} to {counts.max()} images per class in "
                          f"{len(counts)} classes: published numbers use the same number for every class.")
         if len(labels) > SPLIT_SIZE and len(counts) > 1 and (np.diff(labels) >= 0).all():
             found.append(f"{sample.where} is sorted by class: the inception score is taken over {SPLIT_SIZE} images at "

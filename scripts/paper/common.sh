@@ -126,7 +126,7 @@ rearrange() {
     done
 }
 
-# rate TRAINING...: images a second, by a short run
+# rate TRAINING...: images per second, by a short run
 rate() {
     local probe; probe="$(mktemp -d)"
     "$@" --run-dir "$probe" --steps 20 --log-every 10 >&2
@@ -180,7 +180,7 @@ score() {
     [ ! -e "$SAMPLES/$name.rate.json" ] || figures "$1" "$SAMPLES/$name.rate.json"
 }
 
-# likelihood ROW "NAME..." CODES "OPTIONS"...: bits an image on held-out codes; of several stages the sum, options of each in turn
+# likelihood ROW "NAME..." CODES "OPTIONS"...: bits per image on held-out codes; of several stages the sum, options of each in turn
 likelihood() {
     local row="$1" names="$2" codes="$3" files=() name folder; shift 3
     for name in $names; do

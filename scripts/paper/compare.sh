@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All systems at equal training time on the bundled images, several seeds: bits an image, Fréchet distance and class accuracy
-# by a small classifier, samples a second.  SEEDS="0 1 2"; TOY_SECONDS: training time of each; SYSTEMS: which.
+# All systems at equal training time on the bundled images, several seeds: bits per image, Fréchet distance and class accuracy
+# by a small classifier, samples per second.  SEEDS="0 1 2"; TOY_SECONDS: training time of each; SYSTEMS: which.
 export TOY=1
 seeds="${SEEDS:-0 1 2}" systems="${SYSTEMS:-llamagen iar ctf iar2 alternating grouped independent hierarchical}"
 SCRIPT=compare

@@ -30,7 +30,7 @@ class PlotConfig:
     metric: str = "loss"
     """Logged value to draw."""
     names: tuple[str, ...] = ()
-    """Names in the legend, one a run; empty: the folders' names."""
+    """Names in the legend, one per run; empty: the folders' names."""
     smooth: float = 0.9
     """Weight of the past in the moving average; 0: none."""
     log_x: bool = False
@@ -78,7 +78,7 @@ def check(config: PlotConfig) -> None:
     if not config.runs:
         raise UserError("no run folder was given: name at least one before the options.")
     if config.names and len(config.names) != len(config.runs):
-        raise UserError(f"--names has {len(config.names)} names for {len(config.runs)} runs: give one a run, or none.")
+        raise UserError(f"--names has {len(config.names)} names for {len(config.runs)} runs: give one per run, or none.")
     if not 0 <= config.smooth < 1:
         raise UserError(f"--smooth {config.smooth} is no weight: give a number from 0 to below 1.")
     if config.out.suffix not in (".png", ".pdf", ".svg"):

@@ -87,7 +87,7 @@ class VQTrainConfig:
     steps: int = 0
     """Optimizer steps; 0: from --epochs."""
     global_batch_size: int = 128
-    """Images a step, over all processes and micro-batches."""
+    """Images per step, over all processes and micro-batches."""
     micro_batch_size: int = 0
     """Images a process takes at once; 0: its whole share (no gradient accumulation)."""
     lr: float = 1e-4
