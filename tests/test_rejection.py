@@ -12,7 +12,7 @@ from PIL import Image
 
 from autoregressive.sample import sample_c2i_ddp
 from autoregressive.sample.pipeline import Pipeline
-from autoregressive.sample.rejection import RejectionOptions, load_judge, select
+from autoregressive.sample.rejection import RejectionOptions, load_selector, select
 from evaluations.c2i.classifier import ClassifierConfig, SmallClassifier, load_classifier
 from tests.conftest import call, command
 from utils.checkpoint import export, fingerprint
@@ -246,4 +246,4 @@ def test_an_impossible_download_names_the_way_out(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="--classifier resnet18 cannot be downloaded .*as --classifier-weights.$"):
-        load_judge(RejectionOptions(2, "resnet18"), 1000)
+        load_selector(RejectionOptions(2, "resnet18"), 1000)

@@ -46,7 +46,7 @@ class RejectionOptions:
 
 
 @dataclass(frozen=True)
-class Judge:
+class Selector:
     """A classifier on the CPU with its preprocessing: uint8 [B, H, W, 3] -> what the model takes."""
 
     name: str
@@ -71,18 +71,18 @@ def check_rejection(options: RejectionOptions) -> None:
         log.info("--classifier %s selects nothing at --rejection-ratio 1", options.classifier)
 
 
-def load_judge(options: RejectionOptions, num_classes: int) -> Judge:
+def load_selector(options: RejectionOptions, num_classes: int) -> Selector:
     """The classifier that --classifier names; raises UserError if there is none or it has not `num_classes` outputs."""
     name, path = options.classifier, Path(options.classifier)
     if not (path.is_file() or path.suffix == ".safetensors" or (path / "classifier.safetensors").is_file()):
         model, transform = load_timm(name, options.classifier_weights, num_classes)
-        return Judge(name, model, lambda images: torch.stack([transform(Image.fromarray(image)) for image in images]))
+        return Selector(name, model, lambda images: torch.stack([transform(Image.fromarray(image)) for image in images]))
     if options.classifier_weights is not None:
         raise UserError(f"--classifier-weights {options.classifier_weights} is for a timm model but --classifier "
                         f"{name} is a file with weights of its own: give one of the two.")
     model = load_classifier(name)
     require_classes(model.config.num_classes, num_classes, f"--classifier {name}")
-    return Judge(path.name, model, to_tensor)
+    return Selector(path.name, model, to_tensor)
 
 
 def load_timm(name: str, weights: Path | None, num_classes: int) -> tuple[nn.Module, Callable[[Image.Image], Tensor]]:
@@ -146,7 +146,7 @@ def candidates_path(out: Path) -> Path:
 
 
 @torch.inference_mode()
-def score(judge: Judge, images: np.ndarray, labels: np.ndarray, batch_size: int, processes: Processes) -> np.ndarray:
+def score(selector: Selector, images: np.ndarray, labels: np.ndarray, batch_size: int, processes: Processes) -> np.ndarray:
     """Probability of every image's own class, float64 [N], worked out by all processes together and known to each.
 
     images: uint8 [N, H, W, 3], memory-mapped; labels: int64 [N].
@@ -154,11 +154,11 @@ def score(judge: Judge, images: np.ndarray, labels: np.ndarray, batch_size: int,
     scores = torch.zeros(len(labels), dtype=torch.float64)  # single precision would call sure candidates equal
     # Whole batches are shared out: kernels, and with them the last bits, are the same for any number of processes.
     share = np.array_split(np.arange(0, len(labels), batch_size), processes.world_size)[processes.rank]
-    model = judge.model.to(processes.device)
+    model = selector.model.to(processes.device)
     for first in tqdm(share, desc="classify", unit="batches", disable=not processes.is_main, dynamic_ncols=True,
                       mininterval=1.0):
         rows = slice(first, first + batch_size)
-        logits = model(judge.prepare(images[rows]).to(processes.device))
+        logits = model(selector.prepare(images[rows]).to(processes.device))
         own = torch.from_numpy(labels[rows]).to(processes.device)[:, None]
         scores[rows] = logits.double().softmax(1).gather(1, own)[:, 0].cpu()
     return all_reduce_sum(scores, processes).numpy()
@@ -177,14 +177,14 @@ def select(scores: np.ndarray, candidate_labels: np.ndarray, labels: np.ndarray)
     return chosen
 
 
-def keep_best(judge: Judge, candidates: Path, out: Path, labels: np.ndarray, about: dict[str, Any], batch_size: int,
+def keep_best(selector: Selector, candidates: Path, out: Path, labels: np.ndarray, about: dict[str, Any], batch_size: int,
               processes: Processes) -> None:
     """Select from the npz `candidates` and write the npz `out` with the wanted labels [M].
 
     about: identity of the result, with a `rejection` entry, to which the npz adds the mean probabilities.
     """
     images, candidate_labels = open_array(candidates, "arr_0"), np.array(open_array(candidates, "arr_1"))
-    scores = score(judge, images, candidate_labels, batch_size, processes)
+    scores = score(selector, images, candidate_labels, batch_size, processes)
     chosen = select(scores, candidate_labels, labels)
     store = ImageStore(out, (len(labels), *images.shape[1:]), about)
     share = np.array_split(np.arange(len(labels)), processes.world_size)[processes.rank]
@@ -200,4 +200,4 @@ def keep_best(judge: Judge, candidates: Path, out: Path, labels: np.ndarray, abo
         options = {**about, "rejection": about["rejection"] | means}
         store.finish(arr_1=labels, kind=np.array("samples"), options=np.array(json.dumps(options)))
         log.info("rejection sampling by %s kept %d of %d candidates: mean probability of their class %.4f, before %.4f",
-                 judge.name, len(labels), len(scores), kept, drawn)
+                 selector.name, len(labels), len(scores), kept, drawn)

@@ -24,12 +24,12 @@ from autoregressive.models.ctf import FineOptions
 from autoregressive.models.generate import SamplingOptions
 from autoregressive.sample.pipeline import ModelOptions, Pipeline, carried_options
 from autoregressive.sample.rejection import (
-    Judge,
     RejectionOptions,
+    Selector,
     candidates_path,
     check_rejection,
     keep_best,
-    load_judge,
+    load_selector,
 )
 from utils.config import UserError, parse, run_main, to_dict, write_json
 from utils.distributed import Processes, setup
@@ -116,7 +116,7 @@ def draw(pipeline: Pipeline, path: Path, labels: np.ndarray, about: dict[str, An
     processes.barrier()
 
 
-def draw_and_select(pipeline: Pipeline, judge: Judge, labels: np.ndarray, about: dict[str, Any], config: SampleConfig,
+def draw_and_select(pipeline: Pipeline, selector: Selector, labels: np.ndarray, about: dict[str, Any], config: SampleConfig,
                     processes: Processes) -> None:
     """Draw candidates, or take those that are there, and write the best of them; about: identity of the result."""
     ratio, out, size = config.rejection.rejection_ratio, config.out, pipeline.image_size
@@ -128,29 +128,29 @@ def draw_and_select(pipeline: Pipeline, judge: Judge, labels: np.ndarray, about:
         draw(pipeline, candidates, np.tile(labels, ratio), drawn, config, processes)
     log.info("%s: %d candidates; move %s away to select by another --classifier without drawing again",
              candidates, count, out.name)
-    keep_best(judge, candidates, out, labels, about, config.rejection.classifier_batch_size, processes)
+    keep_best(selector, candidates, out, labels, about, config.rejection.classifier_batch_size, processes)
 
 
 def sample(config: SampleConfig, processes: Processes) -> None:
     """Load the models, draw all samples and write the npz."""
     check_rejection(config.rejection)
     pipeline = Pipeline(config.models, config.sampling, config.fine, processes.device)
-    judge = load_judge(config.rejection, pipeline.num_classes) if config.rejection.rejection_ratio > 1 else None
-    write_samples(config, pipeline, judge, processes)
+    selector = load_selector(config.rejection, pipeline.num_classes) if config.rejection.rejection_ratio > 1 else None
+    write_samples(config, pipeline, selector, processes)
 
 
-def write_samples(config: SampleConfig, pipeline: Pipeline, judge: Judge | None, processes: Processes) -> None:
+def write_samples(config: SampleConfig, pipeline: Pipeline, selector: Selector | None, processes: Processes) -> None:
     """Draw all samples and write the npz; a finished one is left as it is."""
     labels, ratio = make_labels(config, pipeline.num_classes), config.rejection.rejection_ratio
     shape = len(labels), pipeline.image_size, pipeline.image_size, 3
-    about = identity(config, pipeline) | ({"rejection": judge.note(ratio)} if judge else {})
+    about = identity(config, pipeline) | ({"rejection": selector.note(ratio)} if selector else {})
     if already_finished(config.out, shape, about):
         log.info("%s is there already, made by these options", config.out)
         return
-    if judge is None:
+    if selector is None:
         draw(pipeline, config.out, labels, about, config, processes)
     else:
-        draw_and_select(pipeline, judge, labels, about, config, processes)
+        draw_and_select(pipeline, selector, labels, about, config, processes)
     if processes.is_main:
         preview(open_array(config.out, "arr_0")[:100], config.out.with_suffix(".png"))
         log.info("%s: %d samples of %d classes, %dx%d", config.out, len(labels), pipeline.num_classes, *shape[1:3])
