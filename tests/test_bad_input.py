@@ -69,6 +69,13 @@ def test_stage_two_without_stage_one(capsys, images_folder, tmp_path):
     assert "--init-from" in sentence
 
 
+def test_quantizer_without_that_stage(capsys, images_folder, tmp_path):
+    """Each quantizer has its own stages, and the sentence names them."""
+    for quantizer, stage, names in (("product", "semantic", "--stage single"), ("dual", "single", "--stage semantic and dual")):
+        options = vq(images_folder, tmp_path / "run", "--quantizer", quantizer, "--stage", stage)
+        assert names in refused(capsys, vq_train.main, *options)
+
+
 def test_unknown_model_and_odd_size(capsys, images_folder, tmp_path):
     """The sentence lists what there is."""
     assert "VQ-16" in refused(capsys, vq_train.main, *vq(images_folder, tmp_path / "run", "--vq-model", "VQ-7"))

@@ -26,7 +26,7 @@ def teacher_forced_decode(gpt: GPT, labels: torch.Tensor, codes: torch.Tensor) -
 
     cache, state, x = gpt.new_cache(len(labels)), gpt.paradigm.new_state(len(labels)), gpt.class_token(labels)
     with torch.no_grad():
-        for step in range(len(gpt.paradigm.cells) + 1):
+        for step in range(gpt.paradigm.num_steps):
             x = gpt.paradigm.decode(gpt.step(x, cache, step), state, pick)
     assert torch.equal(state.codes, codes)
     return [torch.stack(stream, dim=1) for stream in seen]

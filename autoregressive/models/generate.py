@@ -185,7 +185,7 @@ class Sampler:
         self.temperature = per_stream(options.temperature, streams, "--temperature")
         self.top_k = per_stream(options.top_k, streams, "--top-k")
         self.top_p = per_stream(options.top_p, streams, "--top-p")
-        self.options, self.uniforms, self.steps = options, uniforms, len(gpt.paradigm.cells) + 1
+        self.options, self.uniforms, self.steps = options, uniforms, gpt.paradigm.num_steps
         self.guidance = GUIDANCE[options.guidance]
         self.guided = not self.guidance.one_is_off or any(pair != (1.0, 1.0) for pair in self.ranges)
         self.needs_attention = self.guided and self.guidance.reads_attention

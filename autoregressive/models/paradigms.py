@@ -52,6 +52,11 @@ class Paradigm(nn.Module):
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.outputs = nn.ModuleList(outputs)
 
+    @property
+    def num_steps(self) -> int:
+        """Trunk steps T of one grid: the class token's and one for each input."""
+        return len(self.cells) + 1
+
     def inputs(self, codes: Tensor) -> Tensor:
         """Codes [B, C, N] -> trunk inputs after the class token [B, T - 1, D]."""
         raise NotImplementedError

@@ -219,4 +219,9 @@ sweep() {
 
 # figures ROW FILE...: merge figures into FIGURES/ROW.json;  table N ROW...: print and keep the table of such rows
 figures() { run "$PYTHON" scripts/paper/table.py merge --folder "$FIGURES" --name "$@"; }
-table() { run "$PYTHON" scripts/paper/table.py show --folder "$FIGURES" --table "$1" --rows "${@:2}"; }
+table() {
+    local note=()
+    [ "$TOY" != 1 ] || note=(--note "Measured: Fashion-MNIST at 32 pixels, 4x4 cells, GPT-tiny, $TOY_SECONDS s of training each${NOTE:-}.
+Published: ImageNet.")
+    run "$PYTHON" scripts/paper/table.py show --folder "$FIGURES" --table "$1" --rows "${@:2}" ${note[@]+"${note[@]}"}
+}

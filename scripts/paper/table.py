@@ -4,8 +4,8 @@
     python scripts/paper/table.py show --folder F --table 5 --rows ROW...  the table in Markdown, kept as F/table5.md
 
 Figures of a row that was run with several seeds lie in ROW-seed0.json, ROW-seed1.json, ...; they become mean ± deviation.
-Published figures are in published.json, of ImageNet at full scale; toy figures beside them show that a row runs, and the
-order of the rows among themselves, not the values.
+Published figures are in published.json, of ImageNet at full scale; toy figures beside them show that a row runs, not the
+values.
 """
 
 import json
@@ -49,6 +49,8 @@ class TableConfig:
     """show: key of published.json."""
     rows: tuple[str, ...] = ()
     """show: rows in order."""
+    note: str = ""
+    """show: a sentence under the title."""
 
 
 def merge(config: TableConfig) -> None:
@@ -93,7 +95,8 @@ def markdown(config: TableConfig) -> str:
     measured = {row: read_row(config.folder, row) for row in config.rows}
     names = [name for name in COLUMNS if any(name in figures for figures in measured.values())]
     head = ["", *(f"{column} (published)" for column in source["columns"]), *(name.replace("_", " ") for name in names)]
-    lines = [f"**{source['title']}**", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    title = [f"**{source['title']}**", *([config.note] if config.note else []), ""]
+    lines = [*title, "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row, figures in measured.items():
         known = source["rows"].get(row, {"label": row, "values": []})
         values = [str(value) for value in known["values"]] + [""] * (len(source["columns"]) - len(known["values"]))

@@ -13,4 +13,4 @@ for row in "${rows[@]}"; do
     gpt default "$codes"
     score "$row" default "$codes" --guidance constant --cfg-scale "$CONSTANT"
 done
-table 1 "${rows[@]}"
+NOTE=", half the semantic and an eighth of the detail codes" table 1 "${rows[@]}"

@@ -147,9 +147,9 @@ class ProductQuantizer(VectorQuantizer):
         return F.pad(joined, (0, 0, 0, 0, 0, self.code_dim - joined.shape[1]))
 
 
-QUANTIZERS: dict[str, tuple[type[VectorQuantizer], int]] = {
-    # name: (class, number of codebooks)
-    "single": (VectorQuantizer, 1),
-    "dual": (SemanticDetailQuantizer, 2),
-    "product": (ProductQuantizer, 2),
+QUANTIZERS: dict[str, tuple[type[VectorQuantizer], int, tuple[str, ...]]] = {
+    # name: (class, number of codebooks, stages of training)
+    "single": (VectorQuantizer, 1, ("single",)),
+    "dual": (SemanticDetailQuantizer, 2, ("semantic", "dual")),
+    "product": (ProductQuantizer, 2, ("single",)),
 }

@@ -199,7 +199,7 @@ class VQModel(nn.Module):
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
-        quantizer, codebooks = QUANTIZERS[config.quantizer]
+        quantizer, codebooks, _ = QUANTIZERS[config.quantizer]
         if len(config.codebook_sizes) != codebooks:
             raise ValueError(f"quantizer {config.quantizer} needs {codebooks} codebook sizes, got {config.codebook_sizes}")
         self.config = config

@@ -159,10 +159,10 @@ def build(config: VQTrainConfig, processes: Processes) -> tuple[VQModel, Tokeniz
     quantizer = config.quantizer
     if quantizer == "auto":
         quantizer = "single" if config.stage == "single" else "dual"
-    if (quantizer == "dual") == (config.stage == "single"):
-        raise UserError(f"--quantizer {quantizer} does not go with --stage {config.stage}: the semantic-detail quantizer has "
-                        "stages semantic and dual, the others have --stage single.")
-    wanted = QUANTIZERS[quantizer][1]
+    _, wanted, stages = QUANTIZERS[quantizer]
+    if config.stage not in stages:
+        raise UserError(f"--quantizer {quantizer} does not go with --stage {config.stage}: it has --stage "
+                        f"{' and '.join(stages)}.")
     sizes = config.codebook_sizes or ((16384,) if wanted == 1 else (256, 4096))
     if len(sizes) != wanted:
         raise UserError(f"--codebook-sizes has {len(sizes)} values but --quantizer {quantizer} needs {wanted}.")
