@@ -19,6 +19,7 @@ from evaluations.c2i.judge import JudgeConfig
 from scripts.paper.plot_losses import PlotConfig
 from scripts.paper.table import TableConfig
 from tests.conftest import REPOSITORY
+from tests.test_train import write_codes
 from tokenizer.tokenizer_image.code_distance import CodeDistanceConfig
 from tokenizer.tokenizer_image.rearrange import RearrangeConfig
 from tokenizer.tokenizer_image.reconstruction_vq_ddp import ReconstructionConfig
@@ -104,3 +105,20 @@ def test_sizes_grids_and_seeds_have_folders_of_their_own(tmp_path):
     assert len(set.union(*folders)) == sum(len(folder) for folder in folders) == 25
     codes = [{line[line.index("--code-path") + 1] for line in run if "--code-path" in line} for run in runs[:2]]
     assert not codes[0] & codes[1]
+
+
+def test_equal_time_is_measured_once(tmp_path):
+    """Full scale: a paradigm's epochs follow from its rate and the reference's, by two short runs that are kept."""
+    write_codes(tmp_path / "codes" / "dual-8-16-64")
+    training = "--num-classes 3 --global-batch-size 8 --num-workers 0 --device cpu --data-parallel none"
+    environment = os.environ | {
+        "OUT": str(tmp_path), "DATA": "d", "VAL": "v", "REFERENCE": "r", "MODEL": "GPT-tiny", "SIZE": "64", "EPOCHS": "10",
+        "NPROC": "1", "GPT_OPTIONS": training, "PYTHON": sys.executable, "REQUIREMENTS_MET_BY": sys.executable,
+        "OMP_NUM_THREADS": "1"}
+    script = f"source {FOLDER}/common.sh; DUAL=dual-8-16; equal_time '--context none' ''"
+    first, second = (subprocess.run(["bash", "-c", script, FOLDER / "x.sh"], env=environment, capture_output=True, text=True)
+                     for _ in range(2))
+    rates = {path.name: float(path.read_text()) for path in (tmp_path / "rates" / "dual-8-16").iterdir()}
+    assert set(rates) == {"tiny-64--contextnone", "tiny-64"}, first.stderr
+    assert float(first.stdout) == round(10 * rates["tiny-64--contextnone"] / rates["tiny-64"], 1)
+    assert second.stdout == first.stdout and "step 20" in first.stderr and not second.stderr

@@ -221,7 +221,6 @@ sweep() {
 figures() { run "$PYTHON" scripts/paper/table.py merge --folder "$FIGURES" --name "$@"; }
 table() {
     local note=()
-    [ "$TOY" != 1 ] || note=(--note "Measured: Fashion-MNIST at 32 pixels, 4x4 cells, GPT-tiny, $TOY_SECONDS s of training each${NOTE:-}.
-Published: ImageNet.")
+    [ "$TOY" != 1 ] || note=(--note "Measured: Fashion-MNIST, 4x4 cells, GPT-tiny, $TOY_SECONDS s each${NOTE:-}. Published: ImageNet.")
     run "$PYTHON" scripts/paper/table.py show --folder "$FIGURES" --table "$1" --rows "${@:2}" ${note[@]+"${note[@]}"}
 }
