@@ -180,11 +180,10 @@ score() {
     [ ! -e "$SAMPLES/$name.rate.json" ] || figures "$1" "$SAMPLES/$name.rate.json"
 }
 
-# likelihood ROW "NAME..." CODES "OPTIONS"...: bits per image on held-out codes; of several stages the sum, options of each in turn
+# likelihood ROW "RUN..." CODES "OPTIONS"...: bits per image on held-out codes; of several stages the sum, options of each in turn
 likelihood() {
-    local row="$1" names="$2" codes="$3" files=() name folder; shift 3
-    for name in $names; do
-        folder="$(gpt_run "$name" "$codes")"
+    local row="$1" runs="$2" codes="$3" files=() folder; shift 3
+    for folder in $runs; do
         once "$folder/bits.json" start autoregressive/train/evaluate_c2i.py --gpt-ckpt "$folder" \
             --code-path "$(code_path "$codes")-val" --out "$folder/bits.json" ${1:-}
         files+=("$folder/bits.json")

@@ -7,7 +7,7 @@ row() {
     reconstruct "$1" "$3"
     gpt "${@:2}"
     score "$1" "$2" "$3" --guidance constant --cfg-scale "$CONSTANT"
-    likelihood "$1" "$2" "$3"
+    likelihood "$1" "$(gpt_run "$2" "$3")" "$3"
 }
 row single default "$ONE"
 row unassociated none "$PRODUCT" --context none
