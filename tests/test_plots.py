@@ -25,6 +25,8 @@ def runs(tmp_path):
 def test_average_is_corrected_and_drawn(runs, tmp_path, capsys):
     """An average that starts at 0 would show every run falling from nowhere; half a line must not end the plot."""
     call(plot_losses.main, *runs, "--out", tmp_path / "plots" / "losses.png", "--smooth", 0.5)
+    assert plot_losses.smoothed([3.0, 1.0], None) == [3.0, 1.0]  # too short to smooth
+    assert 3.4 < plot_losses.smoothed([4.0] * 50 + [1.0], None)[-1] < 3.45
     drawn = json.loads((tmp_path / "plots" / "losses.json").read_text())
     assert drawn["metric"] == "loss" and [run["name"] for run in drawn["runs"]] == ["ours", "theirs"]
     ours, theirs = drawn["runs"]

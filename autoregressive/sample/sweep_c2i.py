@@ -129,7 +129,7 @@ def draw_curves(results: dict[str, dict[str, float]], path: Path) -> None:
     """Figures over the end of the range, a curve for each start; constant guidance is a curve of its own."""
     names = [name for name in next(iter(results.values())) if name != "images"]
     figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.4), layout="constrained", squeeze=False)
-    points = [(*parse_range(text), figures) for text, figures in results.items()]
+    points = sorted(((*parse_range(text), figures) for text, figures in results.items()), key=lambda point: point[:2])
     curves = {f"from {start:g}": [(e, f) for s, e, f in points if s == start and e != s] for start, *_ in points}
     curves["constant"] = [(e, f) for s, e, f in points if s == e]
     for axis, name in zip(axes[0], names):

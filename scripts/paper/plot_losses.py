@@ -31,14 +31,18 @@ class PlotConfig:
     """Logged value to draw."""
     names: tuple[str, ...] = ()
     """Names in the legend, one per run; empty: the folders' names."""
-    smooth: float = 0.9
-    """Weight of the past in the moving average; 0: none."""
+    smooth: float | None = None
+    """Weight of the past in the moving average; 0: none; left out: what averages a tenth of the curve."""
     log_x: bool = False
     """Steps on a logarithmic axis."""
 
 
-def smoothed(values: list[float], weight: float) -> list[float]:
-    """Exponential moving average, divided by the weights that have come together so far: no pull towards 0."""
+def smoothed(values: list[float], weight: float | None) -> list[float]:
+    """Exponential moving average, divided by the weights that have come together so far: no pull towards 0.
+
+    weight: of the past, in [0, 1); None: 1 - 10/n for n values, so that short curves are not flattened.
+    """
+    weight = max(1 - 10 / len(values), 0.0) if weight is None else weight
     average, result = 0.0, []
     for count, value in enumerate(values, 1):
         average = weight * average + (1 - weight) * value
@@ -79,7 +83,7 @@ def check(config: PlotConfig) -> None:
         raise UserError("no run folder was given: name at least one before the options.")
     if config.names and len(config.names) != len(config.runs):
         raise UserError(f"--names has {len(config.names)} names for {len(config.runs)} runs: give one per run, or none.")
-    if not 0 <= config.smooth < 1:
+    if config.smooth is not None and not 0 <= config.smooth < 1:
         raise UserError(f"--smooth {config.smooth} is no weight: give a number from 0 to below 1.")
     if config.out.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--out {str(config.out)!r} is not the name of a picture: give one that ends in .png, .pdf or "
