@@ -12,7 +12,7 @@ train="$1" test="$2" vgg="$3" OUT="${OUT:-runs/cifar10}" SCALE="${SCALE:-1}"
 here="$REPOSITORY"
 steps() { "$PYTHON" -c "import math; print(max(math.ceil($1 * $SCALE), 4))"; }
 shape=(--image-size 32 --num-workers 0)
-lpips=(--perceptual-net vgg --perceptual-weights "$vgg")
+lpips=(--perceptual-net vgg --perceptual-file "$vgg")
 export NPROC="${NPROC:-1}"
 
 RUN_DIR="$OUT/vq" STAGE1="--steps $(steps 250)" STAGE2="--steps $(steps 1200) --revive-every 50" \

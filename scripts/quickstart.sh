@@ -29,7 +29,7 @@ phase() {
 }
 
 SHAPE=(--image-size 32 --num-workers 0)
-PERCEPTUAL=(--perceptual-net classifier --perceptual-weights "$OUT/teacher.safetensors")
+PERCEPTUAL=(--perceptual-net classifier --perceptual-file "$OUT/teacher.safetensors")
 
 # Two classifiers: one teaches the tokenizer what looks alike, the other, wider and of another seed, judges.
 classifier() {

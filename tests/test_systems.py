@@ -237,6 +237,7 @@ def test_a_sweep_draws_each_range_once(world, runs, tmp_path, capsys, monkeypatc
     assert rows[2].startswith("| 1 | 2 |") and len(rows) == 5 and (tmp_path / "sweep" / "sweep.png").stat().st_size > 5000
     capsys.readouterr()
     assert "--ranges '3'" in refused(capsys, sweep_c2i.main, *options, "--ranges", "3")
+    assert "--ranges" in refused(capsys, sweep_c2i.main, *options, "--cfg-scale", 2)
     assert "upside down" in refused(capsys, sweep_c2i.main, *options, "--ranges", "3:2")
 
 

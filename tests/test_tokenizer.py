@@ -1,14 +1,12 @@
 """Quantizers, losses and the two training stages."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tests.conftest import GOLDEN, TINY_VQ, arrays, imported_tokenizer
-from tokenizer.tokenizer_image import vq_loss
+from tokenizer.tokenizer_image import vq_loss, vq_train
 from tokenizer.tokenizer_image.codebook import (
     CodeUsage,
     initialise_codebook,
@@ -19,9 +17,8 @@ from tokenizer.tokenizer_image.codebook import (
 from tokenizer.tokenizer_image.discriminator import PatchGAN
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel, build_tokenizer
 from tokenizer.tokenizer_image.vq_train import VQTrainConfig, autoencoder_loss
-from utils.batches import ImageOptions
+from utils.config import parse
 from utils.distributed import Processes
-from utils.run import RunOptions
 
 ALONE = Processes(0, 1, 0, torch.device("cpu"))
 
@@ -76,12 +73,18 @@ def test_detail_codes_quantize_the_residual():
     assert torch.equal(codes[:, 0].flatten(), semantic) and torch.equal(codes[:, 1].flatten(), detail)
 
 
+def stage_options(stage: str, recipe: str = "paper", *extra: str) -> VQTrainConfig:
+    """The options of one stage as its command line resolves them."""
+    return parse(VQTrainConfig, vq_train.recipe, args=["--run-dir", "unused", "--data-path", "unused", "--stage", stage,
+                                                       "--recipe", recipe, *extra])
+
+
 def moved_parts(stage: str, step: int, recipe: str = "paper") -> set[str]:
     """Which parts get a gradient from one step's loss."""
     torch.manual_seed(0)
     model = VQModel(TINY_VQ)
     loss = vq_loss.TokenizerLoss(PixelDistance(), PatchGAN(8, 2).requires_grad_(False))
-    config = VQTrainConfig(RunOptions(Path("unused")), ImageOptions(Path("unused")), stage=stage, recipe=recipe)
+    config = stage_options(stage, recipe)
     total, *_ = autoencoder_loss(model, loss, torch.rand(2, 3, 32, 32) * 2 - 1, config, step)
     total.backward()
     named = {"quantizer.codebooks.0": "semantic", "quantizer.codebooks.1": "detail"}
@@ -106,11 +109,23 @@ def test_interleaved_step_adds_stage_one_to_the_joint_loss():
     torch.manual_seed(0)
     model, images = VQModel(TINY_VQ).eval(), torch.rand(2, 3, 32, 32) * 2 - 1
     loss = vq_loss.TokenizerLoss(PixelDistance(), PatchGAN(8, 2))
-    options = dict(run=RunOptions(Path("unused")), images=ImageOptions(Path("unused")))
-    joint = autoencoder_loss(model, loss, images, VQTrainConfig(**options, stage="dual"), 0)[0]
-    semantic = autoencoder_loss(model, loss, images, VQTrainConfig(**options, stage="semantic"), 0)[0]
-    both = autoencoder_loss(model, loss, images, VQTrainConfig(**options, stage="dual"), 2)[0]
+    joint = autoencoder_loss(model, loss, images, stage_options("dual"), 0)[0]
+    semantic = autoencoder_loss(model, loss, images, stage_options("semantic"), 0)[0]
+    both = autoencoder_loss(model, loss, images, stage_options("dual"), 2)[0]
     torch.testing.assert_close(both, joint + semantic)
+
+
+def test_typed_loss_weights_win_over_the_recipe():
+    """LlamaGen's users turn these knobs; an untouched one stays the recipe's."""
+    options = stage_options("dual", "paper", "--perceptual-weight", "0.3", "--disc-weight", "0")
+    assert (options.pixel_weight, options.perceptual_weight, options.disc_weight) == (1.0, 0.3, 0.0)
+    torch.manual_seed(0)
+    model, images = VQModel(TINY_VQ).eval(), torch.rand(2, 3, 32, 32) * 2 - 1
+    loss = vq_loss.TokenizerLoss(PixelDistance(), PatchGAN(8, 2), discriminator_start=0)
+    plain, terms, *_ = autoencoder_loss(model, loss, images, stage_options("dual", "paper", "--disc-weight", "0"), 0)
+    total, with_lpips, *_ = autoencoder_loss(model, loss, images, options, 0)
+    assert "perceptual" not in terms and "adversarial" not in with_lpips
+    torch.testing.assert_close(total, plain + 0.3 * with_lpips["perceptual"])
 
 
 def test_stage_terms_are_those_of_the_recipe():

@@ -29,7 +29,7 @@ from utils.distributed import Processes, full_tensor
 log = logging.getLogger("checkpoint")
 
 FIXED_OPTIONS = ("seed", "global_batch_size", "ema_decay", "recipe", "lr_schedule", "weight_decay", "semantic_weight",
-                 "cluster_weight", "cluster_size")
+                 "cluster_weight", "cluster_size", "pixel_weight", "perceptual_weight", "disc_weight")
 """A run that changed these half-way would be no run of its options."""
 
 

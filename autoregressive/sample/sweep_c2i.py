@@ -153,6 +153,9 @@ def main() -> None:
         raise UserError("--ranges is empty: give at least one START:END.")
     if config.samples.rejection.rejection_ratio > 1:
         raise UserError("--rejection-ratio is not for sweeps: sample the chosen range with sample_c2i_ddp.py.")
+    carried = carried_options(config.samples).get("cfg_scale", ())
+    if config.samples.sampling.cfg_scale != carried:
+        raise UserError(f"--cfg-scale {config.samples.sampling.cfg_scale} is what a sweep varies: give --ranges instead.")
     check_writable(config.folder, "--folder")
     results = sweep(config, processes)
     if processes.is_main:

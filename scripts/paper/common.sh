@@ -18,7 +18,7 @@ if [ "$TOY" = 1 ]; then
     TOY_SECONDS="${TOY_SECONDS:-45}" TOKENIZER_STEPS="${TOKENIZER_STEPS:-1200}"
     export NPROC=1
     IMAGES=(--image-size 32 --num-workers 0)
-    PERCEPTUAL=(--perceptual-net classifier --perceptual-weights "$OUT/teacher.safetensors")
+    PERCEPTUAL=(--perceptual-net classifier --perceptual-file "$OUT/teacher.safetensors")
     TOKENIZER=("${IMAGES[@]}" "${PERCEPTUAL[@]}" --vq-model VQ-8-small --no-random-crop --no-random-flip
                --global-batch-size 16 --lr 1e-3 --lr-end 5e-5 --ema-decay 0.99 --codebook-init kmeans --revive-every 50
                --kmeans-vectors 32768 --log-every 50 --checkpoint-every 400)

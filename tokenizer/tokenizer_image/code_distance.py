@@ -64,7 +64,7 @@ class CodeDistanceConfig:
     """Images at most, evenly over the classes."""
     perceptual_net: PerceptualNet = "vgg"
     """LPIPS backbone, random, or classifier."""
-    perceptual_weights: str = ""
+    perceptual_file: str = ""
     """Local weights of it; empty: the usual download."""
     batch_size: int = 32
     """Images decoded at once."""
@@ -122,7 +122,7 @@ def decode(tokenizer: VQModel, codes: Tensor) -> Tensor:
 def measure(config: CodeDistanceConfig, tokenizer: VQModel, streams: Streams, dataset: ImageDataset,
             replaced: Replacements, device: torch.device) -> list[dict]:
     """The curve: of every point the target, the realised distance (mean over cells), mse, lpips, and of what."""
-    perceptual = build_perceptual(config.perceptual_net, config.perceptual_weights, device)
+    perceptual = build_perceptual(config.perceptual_net, config.perceptual_file, device)
     points = len(replaced.targets)
     sums = torch.zeros(points, 3, dtype=torch.float64, device=device)  # distance, MSE, LPIPS
     count, rows = 0, np.arange(len(dataset))

@@ -32,7 +32,7 @@ class ClassifierDistance(nn.Module):
 
     def __init__(self, path: str) -> None:
         super().__init__()
-        self.classifier = load_classifier(path, option="--perceptual-weights")
+        self.classifier = load_classifier(path, option="--perceptual-file")
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1], twice -> [B, 1, 1, 1]."""
@@ -57,13 +57,13 @@ def build_perceptual(net: PerceptualNet, weights: str, device: torch.device) -> 
         model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     elif weights:
         model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-        _load_backbone(model, check_exists(weights, "--perceptual-weights", f"a torchvision {net} state dict"))
+        _load_backbone(model, check_exists(weights, "--perceptual-file", f"a torchvision {net} state dict"))
     else:
         try:
             model = lpips.LPIPS(net=net, verbose=False)
         except (URLError, OSError) as error:
             raise UserError(f"--perceptual-net {net} needs weights that could not be downloaded ({error}): give "
-                            "--perceptual-weights PATH, or --perceptual-net random.") from error
+                            "--perceptual-file PATH, or --perceptual-net random.") from error
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -72,13 +72,13 @@ def _load_backbone(model: nn.Module, path: Path) -> None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types for a damaged file
-        raise UserError(f"--perceptual-weights {path} cannot be read as a state dict ({type(error).__name__}): "
+        raise UserError(f"--perceptual-file {path} cannot be read as a state dict ({type(error).__name__}): "
                         "give torchvision's file.") from error
     renamed = {}
     for name, parameter in model.net.state_dict().items():
         source = "features." + name.split(".", 1)[1]
         if source not in state or state[source].shape != parameter.shape:
-            raise UserError(f"--perceptual-weights {path} has no fitting {source}: give the backbone that "
+            raise UserError(f"--perceptual-file {path} has no fitting {source}: give the backbone that "
                             "--perceptual-net names.")
         renamed[name] = state[source]
     model.net.load_state_dict(renamed)

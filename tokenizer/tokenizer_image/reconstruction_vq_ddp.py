@@ -46,7 +46,7 @@ class ReconstructionConfig:
     """Decode all codes, or the semantic ones alone."""
     perceptual_net: PerceptualNet = "vgg"
     """LPIPS backbone, random, or classifier."""
-    perceptual_weights: str = ""
+    perceptual_file: str = ""
     """Local weights of it; empty: the usual download."""
     batch_size: int = 32
     """Images a process reconstructs at once."""
@@ -69,7 +69,7 @@ def open_tokenizer(config: ReconstructionConfig, processes: Processes) -> VQMode
 def run_share(config: ReconstructionConfig, tokenizer: VQModel, dataset: ImageDataset, store: ImageStore,
               processes: Processes) -> dict:
     """Reconstruct this process's share into the store; returns the figures of all processes together."""
-    perceptual = build_perceptual(config.perceptual_net, config.perceptual_weights, processes.device)
+    perceptual = build_perceptual(config.perceptual_net, config.perceptual_file, processes.device)
     usage = CodeUsage(tokenizer.config.codebook_sizes, processes.device)
     sums = torch.zeros(4, dtype=torch.float64, device=processes.device)  # PSNR, SSIM, LPIPS, images
     share = np.array_split(np.arange(len(dataset)), processes.world_size)[processes.rank]

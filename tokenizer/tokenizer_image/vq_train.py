@@ -1,6 +1,6 @@
 """Train a tokenizer: stage 1 (semantic), stage 2 (joint, interleaved 2:1), or LlamaGen's single codebook.
 
-Paper section 4.2.2, equations 7 to 10.  The loss terms of each stage are in `vq_loss.RECIPES`.  In stage 2 the joint
+Paper section 4.2.2, equations 7 to 10.  The loss weights of each stage are in `vq_loss.RECIPES`.  In stage 2 the joint
 loss moves encoder, decoder and detail codebook at every step; every third step adds stage 1's loss on a semantic-only
 forward, and only then does the semantic codebook move.
 """
@@ -35,7 +35,7 @@ from tokenizer.tokenizer_image.discriminator import PatchGAN
 from tokenizer.tokenizer_image.evaluate import evaluate_tokenizer, reconstruction_grid
 from tokenizer.tokenizer_image.perceptual import PerceptualNet, build_perceptual
 from tokenizer.tokenizer_image.quantizer import QUANTIZERS, Quantized
-from tokenizer.tokenizer_image.vq_loss import RECIPES, TokenizerLoss
+from tokenizer.tokenizer_image.vq_loss import RECIPES, LossWeights, TokenizerLoss
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQConfig, VQModel, build_tokenizer
 from utils.batches import GlobalBatches, ImageOptions, train_loader
 from utils.checkpoint import export, exported_step, fingerprint, initialise_optimizer, load_weights, read_export
@@ -61,7 +61,13 @@ class VQTrainConfig:
     quantizer: Literal["auto", "single", "dual", "product"] = "auto"
     """auto: single for --stage single, dual for the others; product: the unassociated dual codebook of table 7."""
     recipe: Literal["paper", "released"] = "paper"
-    """Whose loss terms: equations 7 to 10 as printed, or those of the released code."""
+    """Whose loss weights (the next three): equations 7 to 10 as printed, or those of the released code."""
+    pixel_weight: float = 1.0
+    """Weight of the squared error of pixels."""
+    perceptual_weight: float = 1.0
+    """Weight of LPIPS."""
+    disc_weight: float = 0.5
+    """Weight of the adversarial term, from --disc-start on."""
     vq_model: str = "VQ-16"
     """Preset of the autoencoder: VQ-16, VQ-8, VQ-8-small, VQ-4-small."""
     codebook_sizes: tuple[int, ...] = ()
@@ -98,7 +104,7 @@ class VQTrainConfig:
     """Clip the gradient norm to this; 0: do not clip."""
     perceptual_net: PerceptualNet = "vgg"
     """LPIPS backbone vgg, alex or squeeze; random (no download); or classifier, a local one."""
-    perceptual_weights: str = ""
+    perceptual_file: str = ""
     """Local weights: a torchvision state dict, or a classifier file; empty: the usual download."""
     disc_loss: Literal["hinge", "vanilla", "non-saturating"] = "hinge"
     """Adversarial loss."""
@@ -122,6 +128,12 @@ class VQTrainConfig:
     """bf16 autocast; auto: on GPUs only."""
 
 
+def recipe(config: VQTrainConfig) -> dict[str, float]:
+    """The loss weights of --recipe for --stage; typed ones win."""
+    weights = RECIPES[config.recipe, config.stage]
+    return {"pixel_weight": weights.pixel, "perceptual_weight": weights.perceptual, "disc_weight": weights.adversarial}
+
+
 def optimizer_step(name: str, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, run: Run, step: int,
                    max_norm: float) -> Tensor:
     """Average, clip and apply gradients that `loss.backward()` has accumulated; a non-finite step is left out."""
@@ -139,7 +151,7 @@ def autoencoder_loss(model: VQModel, loss: TokenizerLoss, images: Tensor, config
 
     images: [B, 3, H, W] in [-1, 1].  Returns the loss, its terms, the reconstructions and what the quantizer chose.
     """
-    weights = RECIPES[config.recipe, config.stage]
+    weights = LossWeights(config.pixel_weight, config.perceptual_weight, config.disc_weight)
     last_layer = model.decoder.last_layer
     streams = "semantic" if config.stage == "semantic" else "all"
     reconstructions, quantized = model(images, streams, freeze_semantic=config.stage == "dual")
@@ -177,7 +189,7 @@ def build(config: VQTrainConfig, processes: Processes) -> tuple[VQModel, Tokeniz
         load_weights(model, tensors, f"--init-from {config.init_from}")
     elif config.stage == "dual":
         raise UserError("--stage dual starts from stage 1's result: give it as --init-from RUN_DIR.")
-    perceptual = build_perceptual(config.perceptual_net, config.perceptual_weights, processes.device)
+    perceptual = build_perceptual(config.perceptual_net, config.perceptual_file, processes.device)
     discriminator = PatchGAN(config.disc_channels, config.disc_layers).to(processes.device)
     loss = TokenizerLoss(perceptual, discriminator, config.disc_loss, config.disc_start, config.disc_adaptive_weight)
     return model.to(processes.device, memory_format=torch.channels_last), loss
@@ -277,8 +289,7 @@ def set_up(config: VQTrainConfig, processes: Processes) -> Training:
 def train_step(training: Training, loader, accumulation: int, config: VQTrainConfig, run: Run, step: int) -> None:
     """One step of generator and, from --disc-start on, discriminator."""
     model, loss, device = training.model, training.loss, run.processes.device
-    weights = RECIPES[config.recipe, config.stage]
-    discriminating = weights.adversarial > 0 and step >= config.disc_start
+    discriminating = config.disc_weight > 0 and step >= config.disc_start
     bf16 = config.mixed_precision == "bf16" or (config.mixed_precision == "auto" and device.type == "cuda")
     for _ in range(accumulation):
         images = next(loader)[0].to(device, non_blocking=True, memory_format=torch.channels_last)
@@ -396,7 +407,7 @@ def train(config: VQTrainConfig, processes: Processes) -> None:
 
 def main() -> None:
     """Parse options and train."""
-    config = parse(VQTrainConfig)
+    config = parse(VQTrainConfig, recipe)
     processes = setup(config.run.device)
     train(config, processes)
     processes.close()
