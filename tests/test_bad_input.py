@@ -115,6 +115,18 @@ def test_codes_of_another_tokenizer(capsys, tmp_path):
     assert "tokenizer first" in sentence and "second" in sentence
 
 
+def test_held_out_codes_that_do_not_fit(capsys, tmp_path):
+    """Found before the first step, not as an index error in the first evaluation."""
+    options = gpt_options(write_codes(tmp_path / "codes"), tmp_path / "run", val_code_path=tmp_path / "held-out")
+    options = options[: options.index("--codebook-sizes")]
+    assert "--val-code-path" in refused(capsys, train_c2i.main, *options)
+    write_codes(tmp_path / "held-out", tokenizer="other")
+    assert "--val-code-path" in (sentence := refused(capsys, train_c2i.main, *options)) and "codes of other" in sentence
+    path = tmp_path / "held-out" / "header.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer": "test", "codebook_sizes": [8, 99]}))
+    assert "[8, 99]" in refused(capsys, train_c2i.main, *options)
+
+
 def test_unfinished_and_missing_codes(capsys, tmp_path):
     """Half an extraction is not a data set."""
     codes = write_codes(tmp_path / "codes")

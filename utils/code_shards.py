@@ -111,15 +111,15 @@ def read_header(folder: str | Path, option: str = "--code-path") -> CodeHeader:
     return header
 
 
-def require_fit(header: CodeHeader, folder: str | Path, expected: dict) -> None:
+def require_fit(header: CodeHeader, folder: str | Path, expected: dict, option: str = "--code-path") -> None:
     """Raise UserError, naming both values, when a field of the header is not what the model expects.
 
-    expected: {header field: (value, the option that set it)}.
+    expected: {header field: (value, what set it)}; option: what named the folder.
     """
-    for field, (value, option) in expected.items():
+    for field, (value, source) in expected.items():
         seen = getattr(header, field)
         if seen != value:
-            raise UserError(f"--code-path {folder} has {field} {seen} but {option} says {value}: use codes that fit the "
+            raise UserError(f"{option} {folder} has {field} {seen} but {source} says {value}: use codes that fit the "
                             "model, or change the option.")
 
 

@@ -91,7 +91,7 @@ class SamplingOptions:
     cfg_attention_weight: float = 0.05
     """w of the attention schedule (released range 0.05 to 0.1)."""
     cfg_interval: int = -1
-    """Guide only the first and as many more trunk steps as this plus one (LlamaGen); -1 guides all."""
+    """Guide trunk steps 0 to this plus one only, as LlamaGen counts; -1 guides all."""
     temperature: tuple[float, ...] = (1.0,)
     """Softmax temperature, one value or one per stream; 0 takes the likeliest code."""
     top_k: tuple[int, ...] = (0,)
@@ -102,10 +102,14 @@ class SamplingOptions:
     """Sample i is a function of (seed, i) alone."""
 
 
+def carried_fields(description: dict[str, Any]) -> dict[str, Any]:
+    """Fields of SamplingOptions that a checkpoint's description carries."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in description.get("sampling", {}).items()}
+
+
 def carried_sampling(gpt: GPT) -> SamplingOptions:
     """The sampling options that a loaded checkpoint carries; defaults where it says nothing."""
-    carried = gpt.extra.get("sampling", {})
-    return SamplingOptions(**{name: tuple(value) if isinstance(value, list) else value for name, value in carried.items()})
+    return SamplingOptions(**carried_fields(gpt.extra))
 
 
 def per_stream(values: tuple, streams: int, option: str) -> tuple:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoregressive.models.ctf import FineOptions, refine
-from autoregressive.models.generate import SamplingOptions, cfg_ranges, draw_uniforms, generate, per_stream
+from autoregressive.models.generate import SamplingOptions, carried_fields, cfg_ranges, draw_uniforms, generate, per_stream
 from utils.checkpoint import fingerprint, load_gpt, load_tokenizer, read_export
 from utils.config import UserError
 from utils.images import to_uint8
@@ -37,8 +37,7 @@ class ModelOptions:
 def carried_options(config: Any) -> dict[str, Any]:
     """The sampling options that --gpt-ckpt carries, as defaults of a command line whose `models` are ModelOptions."""
     description, _ = read_export(config.models.gpt_ckpt, "gpt", "--gpt-ckpt", tensors=False)
-    return {name: tuple(value) if isinstance(value, list) else value
-            for name, value in description.get("sampling", {}).items()}
+    return carried_fields(description)
 
 
 class Pipeline:

@@ -49,31 +49,32 @@ class EvaluateConfig:
     """auto, cuda or cpu."""
 
 
-def open_codes(config: EvaluateConfig, gpt: GPT) -> CodeDataset:
-    """The codes as the GPT sees them; raises UserError when they are of another tokenizer or shape."""
-    header, code_map = read_header(config.code_path), None
-    if config.code_map:
-        code_map = load_code_map(config.code_map)
-        header = code_map.header(header, f"--code-map {config.code_map}")
-    option = f"--gpt-ckpt {config.gpt_ckpt}"
-    require_fit(header, config.code_path, {
-        "codebook_sizes": (list(gpt.config.codebook_sizes), option), "grid_size": (gpt.config.grid_size, option),
-        "num_classes": (gpt.config.num_classes, option)})
+def open_codes(gpt: GPT, model: str, code_path: str | Path, code_map: str, option: str = "--code-path") -> CodeDataset:
+    """Held-out codes as the GPT sees them; raises UserError, naming `option`, when they are of another tokenizer or shape.
+
+    model: what messages call the GPT; code_map: the map of its training, or empty.
+    """
+    header, found = read_header(code_path, option), load_code_map(code_map) if code_map else None
+    if found:
+        header = found.header(header, f"--code-map {code_map}")
+    require_fit(header, code_path, {
+        "codebook_sizes": (list(gpt.config.codebook_sizes), model), "grid_size": (gpt.config.grid_size, model),
+        "num_classes": (gpt.config.num_classes, model)}, option)
     if gpt.extra["tokenizer"] not in ("", header.tokenizer):
-        raise UserError(f"--code-path {config.code_path} has codes of {header.tokenizer} but {option} was trained on those of "
+        raise UserError(f"{option} {code_path} has codes of {header.tokenizer} but {model} was trained on those of "
                         f"{gpt.extra['tokenizer']}: give codes of the same tokenizer, or the --code-map of the training.")
-    return CodeDataset(config.code_path, transform=code_map.apply if code_map else None)
+    return CodeDataset(code_path, transform=found.apply if found else None)
 
 
 @torch.no_grad()
-def stream_nats(gpt: GPT, labels: Tensor, codes: Tensor) -> Tensor:
+def stream_nats(gpt: GPT, labels: Tensor, codes: Tensor, coarse_of: Tensor | None) -> Tensor:
     """Sums over cells of the cross-entropy: labels [B], codes [B, C, N] -> [B, C'] nats of the predicted streams.
 
-    A second stage is scored among the members of the coarse clusters it is given, which makes its code a proper one.
+    A second stage is scored among the members of the coarse clusters it is given, which makes its code a proper one;
+    coarse_of: its coarse label of every code [K], None for other GPTs.
     """
     logits, targets = gpt(labels, codes), gpt.paradigm.targets(codes)
-    if "coarse_of" in gpt.extra:
-        coarse_of = torch.tensor(gpt.extra["coarse_of"], device=codes.device)
+    if coarse_of is not None:
         logits = [stream.masked_fill(coarse_of != codes[:, 0, :, None], -torch.inf) for stream in logits]
     return torch.stack([F.cross_entropy(stream.float().transpose(1, 2), target, reduction="none").sum(1)
                         for stream, target in zip(logits, targets.unbind(1), strict=True)], dim=1)
@@ -85,12 +86,13 @@ def evaluate(gpt: GPT, dataset: CodeDataset, batch_size: int, processes: Process
     Every process makes as many passes, as sharded models need; those that have no image left count none.
     """
     share, streams = -(-len(dataset) // processes.world_size), len(gpt.paradigm.outputs)
+    coarse_of = torch.tensor(gpt.extra["coarse_of"], device=processes.device) if "coarse_of" in gpt.extra else None
     sums = torch.zeros(streams + 1, dtype=torch.float64, device=processes.device)   # nats, images
     for first in tqdm(range(0, share, batch_size), desc="evaluate", unit="batches", disable=not processes.is_main, leave=False):
         rows = np.arange(first, min(first + batch_size, share)) * processes.world_size + processes.rank
         codes, labels = dataset.__getitems__([(0, row) for row in rows.clip(max=len(dataset) - 1)])
-        nats = stream_nats(gpt, labels.to(processes.device), codes.to(processes.device)).double()  # [B, C']
-        counted = torch.from_numpy(rows < len(dataset)).to(nats)[:, None]                          # [B, 1]
+        nats = stream_nats(gpt, labels.to(processes.device), codes.to(processes.device), coarse_of).double()  # [B, C']
+        counted = torch.from_numpy(rows < len(dataset)).to(nats)[:, None]                                     # [B, 1]
         sums = sums + (torch.cat([nats, torch.ones_like(counted)], dim=1) * counted).sum(0)
     *nats, count = all_reduce_sum(sums, processes).tolist()
     figures = {f"nats_{name}": value / count / gpt.config.cells for name, value in zip(STREAMS[len(nats)], nats, strict=True)}
@@ -105,7 +107,8 @@ def main() -> None:
     if config.out is not None:
         check_writable(config.out.parent, "--out")
     gpt = load_gpt(config.gpt_ckpt, processes.device)
-    figures = evaluate(gpt, open_codes(config, gpt), config.batch_size, processes)
+    held_out = open_codes(gpt, f"--gpt-ckpt {config.gpt_ckpt}", config.code_path, config.code_map)
+    figures = evaluate(gpt, held_out, config.batch_size, processes)
     figures["steps"] = gpt.extra.get("step", 0)  # of its training; 0: imported
     if processes.is_main:
         for name, value in figures.items():

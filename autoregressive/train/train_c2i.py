@@ -9,7 +9,7 @@ import logging
 import math
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -346,16 +346,6 @@ def describe(config: TrainConfig, model: GPTConfig, header: CodeHeader, code_map
     return about
 
 
-def open_held_out(config: TrainConfig, model: GPTConfig) -> CodeDataset | None:
-    """The codes of --val-code-path as the GPT sees them; raises UserError where they do not fit."""
-    if not config.val_code_path:
-        return None
-    held_out = replace(config, code_path=Path(config.val_code_path))
-    header, code_map = open_codes(held_out)
-    check_codes(held_out, model, header)
-    return CodeDataset(held_out.code_path, transform=code_map.apply if code_map else None)
-
-
 def evaluate(training: Training, held_out: CodeDataset, config: TrainConfig, run: Run, step: int) -> None:
     """Log the likelihood of held-out codes under the averaged (or, without averaging, the present) weights."""
     device, sharded = run.processes.device, config.data_parallel in ("fsdp", "hsdp")
@@ -389,9 +379,10 @@ def train(config: TrainConfig, processes: Processes) -> None:
     run = Run(config.run, {"model": to_dict(model_config) | {"tokenizer": header.tokenizer} | coarse,
                            "defaults": to_dict(GPTConfig()) | {"coarse": ""}, "options": to_dict(config),
                            "export": describe(config, model_config, header, code_map)}, processes, total_steps)
-    held_out = open_held_out(config, model_config)
     training = set_up(config, model_config, processes)
     training.gpt.extra = run.config["export"]
+    held_out = config.val_code_path and evaluate_c2i.open_codes(training.gpt, "this run", config.val_code_path, config.code_map,
+                                                                "--val-code-path")
     log.info("%s: %.1fM parameters, %d steps of %d images, %s on %d processes", config.gpt.gpt_model,
              sum(p.numel() for p in training.gpt.parameters()) / 1e6, total_steps, config.global_batch_size,
              config.data_parallel, processes.world_size)

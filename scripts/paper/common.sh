@@ -5,7 +5,7 @@
 #   OUT          where everything goes; default runs/paper, runs/paper-toy
 #   DATA, VAL    full scale: ImageNet's train and val folders;  REFERENCE: ADM's VIRTUAL_imagenet256_labeled.npz
 #   MODEL, SIZE, EPOCHS   full scale: GPT-B, 384 and 100 unless said otherwise;  NPROC: GPUs of this one node, all seen
-#   GPT_OPTIONS  full scale: more options of train_c2i.py; GPT-XXL at 384 pixels on 80 GB GPUs needs
+#   GPT_OPTIONS  full scale: more options of train_c2i.py, whose --dry-run estimates what fits a GPU; for example
 #                "--micro-batch-size 16 --activation-checkpointing"
 #   TOKENIZER_EPOCHS  full scale: epochs of each of the two stages (40); tokenizers of one stage get twice as many
 #   TOY_SECONDS, TOKENIZER_STEPS  toy: training time of a GPT (45), steps of a tokenizer's second stage (1200)
@@ -30,8 +30,8 @@ if [ "$TOY" = 1 ]; then
     SEMANTIC=128 DETAIL=512 SINGLE=2048 CLUSTERS=32 COARSE=128  # codebooks: semantic, detail, single; IAR's, CTF's clusters
     RANGE="2 4" CONSTANT=3 PRESET_ONE=(--guidance constant --cfg-scale 3) PRESET_TWO=(--cfg-scale 2 4)
 else
-    OUT="${OUT:-runs/paper}" DATA="${DATA:?DATA: ImageNet train folder}" VAL="${VAL:?VAL: ImageNet val folder}"
-    REFERENCE="${REFERENCE:?REFERENCE: VIRTUAL_imagenet256_labeled.npz}"
+    OUT="${OUT:-runs/paper}" DATA="${DATA:?set it to the folder of ImageNet train, or TOY=1 for the bundled images.}"
+    VAL="${VAL:?set it to the folder of ImageNet val.}" REFERENCE="${REFERENCE:?set it to VIRTUAL_imagenet256_labeled.npz.}"
     MODEL="${MODEL:-GPT-B}" SIZE="${SIZE:-384}" EPOCHS="${EPOCHS:-100}"
     export NPROC="${NPROC:-$("$PYTHON" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}"
     IMAGES=(--image-size 256)
