@@ -13,7 +13,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from utils.config import parse, run_main, write_json
+from utils.config import parse, run_main
+from utils.files import write_json
 
 
 @dataclass

@@ -2,18 +2,20 @@
 
 A script composes option dataclasses, each declared once beside the code that reads it.  `parse` turns them into
 LlamaGen-style flags (`--gpt-model`, `--image-size`) without prefixes.  Precedence: a typed flag wins over a recipe, a
-recipe over a default.  The resolved options are saved as JSON with every checkpoint.
+recipe over a default.  Every option declares the values that make sense in its type (`Positive`, `Fraction`, ...): `--help`
+shows them, and `check_options` holds all of them before anything else happens.
 """
 
 import dataclasses
 import json
+import math
 import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 T = TypeVar("T")
 
@@ -22,28 +24,103 @@ class UserError(Exception):
     """A mistake of the user: its message is one sentence that names option, value seen, value expected and remedy."""
 
 
+class Values(PrimitiveConstructorSpec[Any]):
+    """The values of an option that make sense: metadata of an `Annotated` type.
+
+    kind: int, float or str; metavar: how --help shows them; text: what to give, in words; allows: whether a value is one.
+    """
+
+    def __init__(self, kind: type, metavar: str, text: str, allows: Callable[[Any], bool]) -> None:
+        super().__init__(nargs=1, metavar=metavar, instance_from_str=lambda words: kind(words[0]),
+                         is_instance=lambda value: isinstance(value, (kind, int) if kind is float else kind),
+                         str_from_instance=lambda value: [str(value)])
+        object.__setattr__(self, "text", text)
+        object.__setattr__(self, "allows", allows)
+
+
+def interval(kind: type, low: float, high: float = math.inf, open_low: bool = False, open_high: bool = False) -> Values:
+    """Numbers from low to high; an open end is not itself among them, and neither are NaN and infinity."""
+    name, bounded = kind.__name__.upper(), high < math.inf
+    metavar = f"{name}{'>' if open_low else '>='}{low}"
+    if bounded:
+        metavar = f"{low}{'<' if open_low else '<='}{name}{'<' if open_high else '<='}{high}"
+    text = "an integer" if kind is int else "a number"
+    start = f"above {low}" if open_low else f"from {low}" if bounded else f"of {low} or more"
+    end = f" to {'below ' if open_high else ''}{high}" if bounded else ""
+
+    def allows(value: float) -> bool:
+        return math.isfinite(value) and (low < value if open_low else low <= value) and (
+            value < high if open_high else value <= high)
+
+    return Values(kind, metavar, f"{text} {start}{end}", allows)
+
+
+def choices(names: Iterable[str]) -> Values:
+    """The names of a table's rows."""
+    rows = tuple(names)
+    return Values(str, "{" + ",".join(rows) + "}", f"one of {', '.join(rows)}", rows.__contains__)
+
+
+Count = Annotated[int, interval(int, 0)]
+Positive = Annotated[int, interval(int, 1)]
+NonNegative = Annotated[float, interval(float, 0)]
+AboveZero = Annotated[float, interval(float, 0, open_low=True)]
+Probability = Annotated[float, interval(float, 0, 1)]
+Fraction = Annotated[float, interval(float, 0, 1, open_high=True)]
+Seed = Annotated[int, interval(int, 0, 2**63 - 1)]
+Device = Annotated[str, choices(("auto", "cuda", "cpu"))]
+Precision = Annotated[str, choices(("auto", "bf16", "none"))]
+
+
+def flag(name: str) -> str:
+    """The command line's spelling of a field."""
+    return f"--{name.replace('_', '-')}"
+
+
 def parse(config: type[T], recipe: Callable[[T], dict[str, Any]] | None = None, args: list[str] | None = None) -> T:
     """Parse the command line into `config`.
 
     config: a dataclass, possibly of dataclasses; recipe: maps the options typed so far to {field name: value}, which
     replaces defaults but not typed flags.  Returns an instance; exits with code 2 on an unknown or malformed flag.
+    Raises UserError for a value that makes no sense.
     """
-    marks = (tyro.conf.OmitArgPrefixes,)
     description = (sys.modules[config.__module__].__doc__ or "").strip().split("\n\n")[0]
-    options = tyro.cli(config, args=args, config=marks, description=description)
-    if recipe is None:
+
+    def read(default: Any) -> T:
+        options = tyro.cli(config, args=args, config=(tyro.conf.OmitArgPrefixes,), description=description, default=default)
+        check_options(options)
         return options
-    return tyro.cli(config, args=args, config=marks, description=description, default=override(_blank(config), recipe(options)))
+
+    options = read(_blank(config))
+    return options if recipe is None else read(override(_blank(config), recipe(options)))
+
+
+def check_options(options: Any) -> None:
+    """Raise UserError naming the first option, nested ones too, whose value is not among those it declares."""
+    for name, hint in get_type_hints(type(options), include_extras=True).items():
+        value = getattr(options, name)
+        if dataclasses.is_dataclass(value):
+            check_options(value)
+        elif value is not None and (declared := declared_values(hint)):
+            for each in value if isinstance(value, tuple) else (value,):
+                if not declared.allows(each):
+                    raise UserError(f"{flag(name)} {each} is out of range: give {declared.text}.")
+
+
+def declared_values(hint: Any) -> Values | None:
+    """The `Values` in a type such as Count, tuple[Count, ...] or Count | None; None where there are none."""
+    found = (part if isinstance(part, Values) else declared_values(part)
+             for part in (*getattr(hint, "__metadata__", ()), *get_args(hint)))
+    return next((values for values in found if values), None)
 
 
 def _blank(config: type[T]) -> T:
     """The defaults of a dataclass, with tyro's MISSING where a field has none."""
-    values = {}
-    for field in dataclasses.fields(config):
-        if dataclasses.is_dataclass(field.type):
-            values[field.name] = _blank(field.type)
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            values[field.name] = tyro.MISSING
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            nested = isinstance(field.type, type) and dataclasses.is_dataclass(field.type)
+            values[field.name] = _blank(field.type) if nested else tyro.MISSING  # type: ignore[arg-type]
     return config(**values)
 
 
@@ -69,6 +146,14 @@ def override(options: T, values: dict[str, Any]) -> T:
     return result
 
 
+def flatten(options: dict[str, Any]) -> dict[str, Any]:
+    """The dict of nested dataclasses -> {field name: value}; names differ, as flags do."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        flat |= flatten(value) if isinstance(value, dict) else {name: value}
+    return flat
+
+
 def to_dict(options: Any) -> dict[str, Any]:
     """Dataclass -> plain dict that JSON can hold (paths become strings, tuples become lists)."""
     return json.loads(json.dumps(dataclasses.asdict(options), default=str))
@@ -76,16 +161,23 @@ def to_dict(options: Any) -> dict[str, Any]:
 
 def from_dict(config: type[T], values: dict[str, Any]) -> T:
     """Plain dict -> flat dataclass; lists become tuples, unknown names raise UserError."""
-    names = {field.name for field in dataclasses.fields(config)}
+    names = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - names):
         raise UserError(f"unknown fields {unknown} for {config.__name__}, which has {sorted(names)}: remove or rename them.")
     return config(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def require_multiple(option: str, value: int, divisor: int, of: str) -> None:
+    """Raise UserError unless `value`, given by `option`, is a multiple of `divisor`, which is the number `of` something."""
+    if value % divisor:
+        raise UserError(f"{option} {value} is not a multiple of {divisor}, {of}: choose one that is.")
 
 
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry point; a UserError becomes one line on standard error and exit code 2, never a traceback."""
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         # A loader process hands its error over wrapped in a traceback, whose last line is the sentence.
         sentence = str(error).strip().splitlines()[-1].removeprefix("utils.config.UserError: ")
@@ -94,40 +186,5 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` as JSON, aside and renamed: a reader never finds half a file."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        aside.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def read_json(path: str | Path, option: str, what: str) -> Any:
-    """The content of a JSON file; raises UserError naming `option` and `what` it should be when it is missing or damaged."""
-    try:
-        return json.loads(check_exists(path, option, what).read_text())
-    except ValueError as error:
-        raise UserError(f"{option} {path} is no JSON ({error}): make {what} again.") from error
-
-
-def check_writable(folder: Path, option: str) -> Path:
-    """Create `folder` and check that a file can be written there; raises UserError naming `option` otherwise."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{option} {folder} cannot be written ({error.strerror}): give a folder you may write to.") from error
-    return folder
-
-
-def check_exists(path: str | Path, option: str, what: str) -> Path:
-    """Return `path` if it exists; raises UserError naming `option` and `what` it should be otherwise."""
-    if not str(path) or not Path(path).exists():
-        raise UserError(f"{option} {str(path)!r} does not exist: give the path of {what}.")
-    return Path(path)
+    except BrokenPipeError:  # the reader of `--help | head` has seen enough; what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -21,10 +21,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from utils.config import UserError, check_exists
+from utils.config import UserError
+from utils.files import check_exists
 from utils.npz import NPZ_ERRORS, array_header, array_keys, open_array
 
-logger = logging.getLogger("images")
+log = logging.getLogger("images")
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 Augment = Literal["none", "center", "train"]
@@ -165,7 +166,7 @@ def _open_folder(path: Path, option: str) -> FolderImages:
         seen = f"{flat} images lie flat in it" if flat else "it holds other files" if entries else "it is empty"
         raise UserError(f"{option} {path} has no class sub-folders ({seen}): {_FOLDER_REMEDY}.")
     if flat:
-        logger.warning("%s %s: %d images beside the class folders belong to no class and are left out",
+        log.warning("%s %s: %d images beside the class folders belong to no class and are left out",
                        option, path, flat)
     files: list[str] = []
     labels: list[int] = []
@@ -365,7 +366,7 @@ class ImageDataset(torch.utils.data.Dataset):
     def report_skipped(self) -> None:
         """Log how many images were unreadable; nothing if all could be read."""
         if skipped := self.skipped:
-            logger.warning("%s %s: %d of %d images were unreadable and replaced by others", self.source.option,
+            log.warning("%s %s: %d of %d images were unreadable and replaced by others", self.source.option,
                            self.source.path, skipped, len(self))
 
     def _load(self, index: int) -> tuple[np.ndarray, int]:
@@ -377,7 +378,7 @@ class ImageDataset(torch.utils.data.Dataset):
             except UnreadableImage as error:
                 if not self._unreadable[found]:
                     self._unreadable[found] = 1
-                    logger.warning("unreadable image replaced by the next: %s", error)
+                    log.warning("unreadable image replaced by the next: %s", error)
         raise UserError(f"{self.source.option} {self.source.path} has {tries} unreadable images in a row, the last "
                         f"{self.source.name(found)}: check that its images are whole and can be read.")
 

@@ -20,9 +20,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from utils.config import UserError, check_writable
+from utils.config import UserError
+from utils.files import check_writable
 
-logger = logging.getLogger("npz")
+log = logging.getLogger("npz")
 
 NPZ_ERRORS = (OSError, ValueError, EOFError, struct.error, zlib.error, zipfile.BadZipFile, NotImplementedError)
 
@@ -206,7 +207,7 @@ class ImageStore:
         self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
         if self.folder.exists():
-            logger.warning("%s is no longer needed but could not be removed", self.folder)
+            log.warning("%s is no longer needed but could not be removed", self.folder)
         return int(kept.sum())
 
     def close(self) -> None:
@@ -243,7 +244,7 @@ class ImageStore:
         needed = 2 * total - min(total, os.fstat(self._images.fileno()).st_blocks * 512)  # the rows and the npz
         free = shutil.disk_usage(self.folder).free
         if free < needed:
-            logger.warning("%s %s needs %.1f GB while it is made, and %.1f GB are free",
+            log.warning("%s %s needs %.1f GB while it is made, and %.1f GB are free",
                            self.option, self.path, needed / 1e9, free / 1e9)
 
     def _states(self) -> np.ndarray:

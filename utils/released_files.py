@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from utils.config import UserError, check_exists
+from utils.config import UserError
+from utils.files import check_exists
 
 CONTAINERS = ("ema", "model", "module", "state_dict")  # averaged weights first, as LlamaGen samples from them
 WRAPPERS = ("module.", "_orig_mod.")                   # of DistributedDataParallel and torch.compile

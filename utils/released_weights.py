@@ -31,7 +31,8 @@ from autoregressive.models.gpt import GPT, GPT_models
 from autoregressive.models.transformer import GPTConfig
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 from utils.checkpoint import export, fingerprint, read_export, require_tensors
-from utils.config import UserError, check_writable, from_dict, parse, run_main, to_dict
+from utils.config import UserError, from_dict, parse, run_main, to_dict
+from utils.files import check_writable
 from utils.released_files import read_state_dict, write_state_dict
 
 log = logging.getLogger("released_weights")

@@ -23,8 +23,9 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from utils.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from utils.config import UserError, check_writable, write_json
+from utils.config import UserError
 from utils.distributed import Processes, all_reduce_mean
+from utils.files import check_writable, write_json
 
 log = logging.getLogger("run")
 

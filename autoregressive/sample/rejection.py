@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from evaluations.c2i.classifier import load_classifier
 from utils.checkpoint import fingerprint
-from utils.config import UserError, check_exists
+from utils.config import UserError
 from utils.distributed import Processes, all_reduce_sum
+from utils.files import check_exists
 from utils.images import to_tensor
 from utils.npz import ImageStore, open_array
 

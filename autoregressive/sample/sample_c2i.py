@@ -14,8 +14,9 @@ from tqdm import tqdm
 from autoregressive.models.ctf import FineOptions
 from autoregressive.models.generate import SamplingOptions
 from autoregressive.sample.pipeline import ModelOptions, Pipeline, carried_options, check_classes
-from utils.config import UserError, check_writable, parse, run_main
+from utils.config import UserError, parse, run_main
 from utils.distributed import setup
+from utils.files import check_writable
 from utils.images import image_grid
 from utils.run import set_up_logging
 

@@ -31,8 +31,9 @@ from autoregressive.sample.rejection import (
     keep_best,
     load_selector,
 )
-from utils.config import UserError, parse, run_main, to_dict, write_json
+from utils.config import UserError, parse, run_main, to_dict
 from utils.distributed import Processes, setup
+from utils.files import write_json
 from utils.images import image_grid
 from utils.npz import ImageStore, already_finished, open_array
 from utils.run import set_up_logging

@@ -27,8 +27,9 @@ from evaluations.c2i.classifier import load_all, load_classifier
 from evaluations.c2i.evaluator import EvaluationFile, EvaluatorConfig, FeatureSource, compare
 from evaluations.c2i.judge import features_and_votes, judge
 from evaluations.c2i.metrics import feature_statistics
-from utils.config import UserError, check_exists, check_writable, parse, read_json, run_main, write_json
+from utils.config import UserError, parse, run_main
 from utils.distributed import Processes, setup
+from utils.files import check_exists, check_writable, read_json, write_json
 from utils.images import open_images
 from utils.run import set_up_logging
 

@@ -24,8 +24,9 @@ from autoregressive.models.gpt import GPT
 from utils.checkpoint import load_gpt
 from utils.code_map import load_code_map
 from utils.code_shards import STREAMS, CodeDataset, read_header, require_fit
-from utils.config import UserError, check_writable, parse, run_main, write_json
+from utils.config import UserError, parse, run_main
 from utils.distributed import Processes, all_reduce_sum, setup
+from utils.files import check_writable, write_json
 from utils.run import set_up_logging
 
 log = logging.getLogger("evaluate_c2i")

@@ -23,8 +23,9 @@ from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.batches import ImageOptions
 from utils.checkpoint import load_tokenizer
 from utils.code_shards import CodeHeader, CodeWriter
-from utils.config import UserError, check_writable, parse, run_main
+from utils.config import UserError, parse, run_main
 from utils.distributed import Processes, setup
+from utils.files import check_writable
 from utils.images import ImageSource, UnreadableImage, center_crop, flip_crops, open_images, ten_crops, to_tensor
 from utils.run import set_up_logging
 

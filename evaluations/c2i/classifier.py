@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils.checkpoint import export, load_weights, read_export
-from utils.config import check_writable, from_dict, parse, run_main
+from utils.config import from_dict, parse, run_main
 from utils.distributed import Processes, setup
+from utils.files import check_writable
 from utils.images import ImageSource, UnreadableImage, center_crop, open_images, to_tensor
 from utils.run import set_up_logging
 

@@ -46,10 +46,11 @@ from evaluations.c2i.metrics import (
     inception_score,
     precision_recall,
 )
-from utils.config import UserError, check_exists, check_writable, parse, run_main, to_dict, write_json
+from utils.config import UserError, parse, run_main, to_dict
+from utils.files import check_exists, check_writable, write_json
 from utils.npz import NPZ_ERRORS, array_header, array_keys, open_array
 
-logger = logging.getLogger("evaluator")
+log = logging.getLogger("evaluator")
 
 FULL_COUNT = 50_000  # images that published numbers are computed from
 VIRTUAL_COUNT = 10_000  # images in ADM's VIRTUAL_imagenet batches, beside statistics of the whole training set
@@ -297,7 +298,7 @@ class FeatureSource:
     def get(self, file: EvaluationFile) -> Features:
         """Features of one file; written to the cache as soon as they are complete."""
         if self.config.cache and (features := self._read(file)) is not None:
-            logger.info("features of %s taken from %s", file.where, self.cache_path(file).name)
+            log.info("features of %s taken from %s", file.where, self.cache_path(file).name)
             return features
         features = compute_features(file, self.network, self.device, self.config.batch_size)
         if self.config.cache:
@@ -312,7 +313,7 @@ class FeatureSource:
             with np.load(path, allow_pickle=False) as stored:
                 return Features(**{key: stored[key] for key in Features.__dataclass_fields__})
         except (*NPZ_ERRORS, KeyError) as error:
-            logger.warning("%s cannot be read (%s): the features are computed again.", path, error)
+            log.warning("%s cannot be read (%s): the features are computed again.", path, error)
             return None
 
     def _write(self, file: EvaluationFile, features: Features) -> None:
@@ -323,7 +324,7 @@ class FeatureSource:
             os.replace(beside, path)
             self._remove_outdated(file)
         except OSError as error:
-            logger.warning("features of %s could not be kept beside it (%s): the next run computes them again.",
+            log.warning("features of %s could not be kept beside it (%s): the next run computes them again.",
                            file.where, error.strerror)
         finally:
             beside.unlink(missing_ok=True)
@@ -388,7 +389,7 @@ def main(args: list[str] | None = None) -> None:
     if not reference.count:
         warnings.append(f"{reference.where} holds statistics without images: precision and recall need images.")
     for warning in warnings:
-        logger.warning(warning)
+        log.warning(warning)
     source = FeatureSource(config, device)
     metrics = compare(reference, sample, source)
     print_result(metrics)

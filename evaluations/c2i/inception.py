@@ -25,7 +25,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 )
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-from utils.config import UserError, check_exists
+from utils.config import UserError
+from utils.files import check_exists
 
 INPUT_SIZE = 299
 POOL_FEATURES = 2048

@@ -16,8 +16,9 @@ import torch
 
 from evaluations.c2i.classifier import SmallClassifier, load_all, load_classifier
 from evaluations.c2i.metrics import feature_statistics, frechet_distance
-from utils.config import UserError, check_exists, check_writable, parse, run_main, write_json
+from utils.config import UserError, parse, run_main
 from utils.distributed import setup
+from utils.files import check_exists, check_writable, write_json
 from utils.images import open_images, to_tensor
 
 

@@ -16,7 +16,8 @@ if __package__ in (None, ""):
 import tyro
 from matplotlib.figure import Figure
 
-from utils.config import UserError, check_writable, parse, run_main, write_json
+from utils.config import UserError, parse, run_main
+from utils.files import check_writable, write_json
 
 
 @dataclass

@@ -20,7 +20,8 @@ if __package__ in (None, ""):
 
 import tyro
 
-from utils.config import UserError, parse, read_json, run_main, write_json
+from utils.config import UserError, parse, run_main
+from utils.files import read_json, write_json
 
 PUBLISHED = Path(__file__).with_name("published.json")
 # Measured figures in the order of the columns, with their digits.

@@ -34,8 +34,9 @@ from tokenizer.tokenizer_image.quantizer import Streams
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.batches import ImageOptions
 from utils.checkpoint import load_tokenizer
-from utils.config import UserError, check_writable, parse, run_main, write_json
+from utils.config import UserError, parse, run_main
 from utils.distributed import setup
+from utils.files import check_writable, write_json
 from utils.images import ImageDataset, image_grid, open_images, to_uint8
 from utils.run import set_up_logging
 

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaluations.c2i.classifier import load_classifier
-from utils.config import UserError, check_exists
+from utils.config import UserError
+from utils.files import check_exists
 
 log = logging.getLogger("perceptual")
 

@@ -32,8 +32,9 @@ from sklearn.exceptions import ConvergenceWarning
 
 from utils.checkpoint import export, fingerprint, load_tokenizer, read_export
 from utils.code_map import CodeMap
-from utils.config import UserError, check_exists, check_writable, parse, run_main, write_json
+from utils.config import UserError, parse, run_main
 from utils.distributed import setup
+from utils.files import check_exists, check_writable, write_json
 from utils.run import set_up_logging
 
 log = logging.getLogger("rearrange")

@@ -24,8 +24,9 @@ from tokenizer.tokenizer_image.quantizer import Streams
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.batches import ImageOptions
 from utils.checkpoint import load_tokenizer
-from utils.config import UserError, check_writable, parse, run_main, write_json
+from utils.config import UserError, parse, run_main
 from utils.distributed import Processes, all_reduce_sum, setup
+from utils.files import check_writable, write_json
 from utils.images import ImageDataset, open_images, to_uint8
 from utils.npz import ImageStore
 from utils.run import set_up_logging

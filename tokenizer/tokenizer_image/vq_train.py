@@ -39,9 +39,10 @@ from tokenizer.tokenizer_image.vq_loss import RECIPES, LossWeights, TokenizerLos
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQConfig, VQModel, build_tokenizer
 from utils.batches import GlobalBatches, ImageOptions, train_loader
 from utils.checkpoint import export, exported_step, fingerprint, initialise_optimizer, load_weights, read_export
-from utils.config import UserError, check_writable, parse, run_main, to_dict
+from utils.config import UserError, parse, run_main, to_dict
 from utils.distributed import Processes, average_gradients, clip_gradients, setup, split_batch
 from utils.ema import EMA
+from utils.files import check_writable
 from utils.images import ImageDataset, open_images
 from utils.run import Run, RunOptions, set_up_logging
 

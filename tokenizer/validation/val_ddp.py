@@ -24,7 +24,7 @@ from utils.distributed import setup
 from utils.images import ImageSource, UnreadableImage, center_crop, open_images
 from utils.npz import ImageStore, already_finished
 
-logger = logging.getLogger("val")
+log = logging.getLogger("val")
 
 _BATCH_SIZE = 64  # images a worker hands over at once
 
@@ -59,7 +59,7 @@ class _CroppedRows(Dataset):
         try:
             return row, center_crop(self.source.load(row), self.size)
         except UnreadableImage as error:
-            logger.warning("unreadable image left out: %s", error)
+            log.warning("unreadable image left out: %s", error)
             return row, None
 
 

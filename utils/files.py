@@ -1,0 +1,54 @@
+"""Files: checked before work starts, written whole or not at all."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from utils.config import UserError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to, which takes its place when the block ends: a reader never finds half a file."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as JSON in one piece."""
+    with replacing(path) as aside:
+        aside.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path: str | Path, option: str, what: str) -> Any:
+    """The content of a JSON file; raises UserError naming `option` and `what` it should be when it is missing or damaged."""
+    try:
+        return json.loads(check_exists(path, option, what).read_text())
+    except ValueError as error:
+        raise UserError(f"{option} {path} is no JSON ({error}): make {what} again.") from error
+
+
+def check_writable(folder: Path, option: str) -> Path:
+    """Create `folder` and check that a file can be written there; raises UserError naming `option` otherwise."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{option} {folder} cannot be written ({error.strerror}): give a folder you may write to.") from error
+    return folder
+
+
+def check_exists(path: str | Path, option: str, what: str) -> Path:
+    """Return `path` if it exists; raises UserError naming `option` and `what` it should be otherwise."""
+    if not str(path) or not Path(path).exists():
+        raise UserError(f"{option} {str(path)!r} does not exist: give the path of {what}.")
+    return Path(path)
