@@ -12,8 +12,8 @@ from PIL import Image
 from tests.conftest import TINY_VQ, call
 from tokenizer.tokenizer_image import code_distance
 from tokenizer.tokenizer_image.code_distance import replace_codes, replacements
-from tokenizer.tokenizer_image.vq_model import VQModel
-from utils.checkpoint import export, load_tokenizer
+from tokenizer.tokenizer_image.vq_model import VQModel, load_tokenizer
+from utils.checkpoint import export
 from utils.images import ImageDataset, open_images
 
 

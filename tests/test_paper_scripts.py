@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from autoregressive.sample.sample_c2i_ddp import SampleConfig
-from autoregressive.sample.sweep_c2i import SweepConfig
 from autoregressive.train.evaluate_c2i import EvaluateConfig
 from autoregressive.train.extract_codes_c2i import ExtractConfig
 from autoregressive.train.train_c2i import TrainConfig, recipe
@@ -17,6 +16,7 @@ from evaluations.c2i.classifier import ClassifierTrainConfig
 from evaluations.c2i.evaluator import EvaluatorConfig
 from evaluations.c2i.judge import JudgeConfig
 from scripts.paper.plot_losses import PlotConfig
+from scripts.paper.sweep_c2i import SweepConfig
 from scripts.paper.table import TableConfig
 from tests.conftest import REPOSITORY
 from tests.test_train import write_codes

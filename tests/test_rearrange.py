@@ -11,8 +11,8 @@ import torch
 from tests.conftest import TINY_VQ, call
 from tokenizer.tokenizer_image import rearrange
 from tokenizer.tokenizer_image.rearrange import balanced_kmeans, coarse_labels, neighbour_order, objective
-from tokenizer.tokenizer_image.vq_model import VQModel
-from utils.checkpoint import export, fingerprint, load_tokenizer, read_export
+from tokenizer.tokenizer_image.vq_model import VQModel, load_tokenizer
+from utils.checkpoint import export, fingerprint, read_export
 from utils.code_map import load_code_map
 from utils.config import UserError
 
@@ -169,9 +169,9 @@ def test_balanced_files_decode_to_the_same_images(tmp_path):
     out = run(tmp_path / "run", tmp_path / "out", "--method", "balanced", "--clusters", 4)
     old, new, code_map = load_tokenizer(old_file), load_tokenizer(out), load_code_map(out / "code_map.safetensors")
     assert code_map.table.shape == (16, 1) and code_map.codebook_sizes == (16,)
-    assert (code_map.source, code_map.target) == (old.extra["fingerprint"], new.extra["fingerprint"])
-    assert new.extra["fingerprint"] == fingerprint(new.state_dict()) != old.extra["fingerprint"]
-    assert new.extra == old.extra | {"fingerprint": new.extra["fingerprint"], "cluster_size": 4}
+    assert (code_map.source, code_map.target) == (old.provenance.fingerprint, new.provenance.fingerprint)
+    assert new.provenance.fingerprint == fingerprint(new.state_dict()) != old.provenance.fingerprint
+    assert new.provenance == replace(old.provenance, fingerprint=new.provenance.fingerprint, cluster_size=4)
 
     codes = np.random.default_rng(0).permutation(np.arange(64) % 16).reshape(4, 1, 16)  # [B, 1, N], every code
     mapped = code_map.apply(codes)
@@ -200,7 +200,7 @@ def test_large_table_normalises_alike_in_any_order():
 
 def test_coarse_files_pair_every_code_with_its_label(tmp_path):
     """The fine stage's pairs must hold the coarse stage's labels, and its codes are still the old tokenizer's."""
-    source = load_tokenizer(export_single(tmp_path / "run")).extra["fingerprint"]
+    source = load_tokenizer(export_single(tmp_path / "run")).provenance.fingerprint
     out = run(tmp_path / "run", tmp_path / "out", "--method", "coarse", "--clusters", 5)
     coarse, fine = (load_code_map(out / f"{name}_map.safetensors") for name in ("coarse", "fine"))
     assert coarse.table.shape == (16, 1) and coarse.codebook_sizes == (5,)

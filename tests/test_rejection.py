@@ -13,9 +13,9 @@ from PIL import Image
 from autoregressive.sample import sample_c2i_ddp
 from autoregressive.sample.pipeline import Pipeline
 from autoregressive.sample.rejection import RejectionOptions, load_selector, select
-from evaluations.c2i.classifier import ClassifierConfig, SmallClassifier, load_classifier
 from tests.conftest import call, command
 from utils.checkpoint import export, fingerprint
+from utils.classifier import ClassifierConfig, SmallClassifier, load_classifier
 from utils.config import UserError
 from utils.images import to_tensor
 from utils.npz import ImageStore

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from autoregressive.models.gpt import GPT, build_gpt
+from autoregressive.models.gpt import GPT, build_gpt, load_gpt
 from autoregressive.models.losses import stream_losses
 from autoregressive.models.transformer import GPTConfig
 from autoregressive.sample import sample_c2i_ddp
@@ -28,9 +28,9 @@ from tests.conftest import (
 from tests.test_bad_input import refused
 from tests.test_gpt import teacher_forced_decode
 from tokenizer.tokenizer_image.vq_loss import adaptive_weight
-from tokenizer.tokenizer_image.vq_model import build_tokenizer
+from tokenizer.tokenizer_image.vq_model import build_tokenizer, load_tokenizer
 from utils import released_weights
-from utils.checkpoint import export, load_gpt, load_tokenizer, read_export
+from utils.checkpoint import export, read_export
 from utils.config import to_dict
 from utils.released_weights import KINDS, to_ours, to_released
 
@@ -154,7 +154,7 @@ def test_every_container_is_read(tmp_path, container):
         logits = gpt(io["cond_idx"], torch.stack([io["semantic"], io["detail"]], dim=1))
     np.testing.assert_allclose(logits[1], io["logits_2"], atol=1e-4)
     assert gpt.config.rotary == "repeated" and gpt.config.head_rotary == "zero_summary"
-    assert gpt.extra["sampling"] == {"guidance": "attention", "cfg_scale": [1.75, 2.5], "cfg_attention_weight": 0.05}
+    assert gpt.provenance.sampling == {"guidance": "attention", "cfg_scale": [1.75, 2.5], "cfg_attention_weight": 0.05}
 
 
 def test_export_gives_back_the_published_file(tmp_path):
@@ -240,7 +240,7 @@ def test_a_training_checkpoint_can_be_loaded(tmp_path):
     call(train_c2i.main, *gpt_options(write_codes(tmp_path / "codes"), tmp_path / "run"))
     newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
     exported, stored = load_gpt(tmp_path / "run"), load_gpt(newest)
-    assert stored.extra["tokenizer"] == "test"
+    assert stored.provenance.tokenizer == "test"
     for ours, theirs in zip(exported.parameters(), stored.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from autoregressive.models import generate
+from autoregressive.models.gpt import load_gpt
 from autoregressive.models.paradigms import PARADIGMS
 from autoregressive.train.train_c2i import GPTOptions
 from tokenizer.tokenizer_image.quantizer import QUANTIZERS
+from tokenizer.tokenizer_image.vq_model import load_tokenizer
 from tokenizer.tokenizer_image.vq_train import VQTrainConfig
-from utils.checkpoint import load_gpt, load_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ROOMS = ("tokenizer", "autoregressive", "evaluations", "utils", "scripts")
@@ -155,7 +156,7 @@ def test_the_readme_example_in_python_runs(models):
     """The first lines a user copies."""
     def load(path: str):
         gpt = load_gpt(models[0])
-        gpt.extra["sampling"] = {"guidance": "attention", "cfg_scale": [1.5, 3.0], "cfg_attention_weight": 0.1}
+        gpt.provenance.sampling = {"guidance": "attention", "cfg_scale": [1.5, 3.0], "cfg_attention_weight": 0.1}
         return gpt
 
     block = re.search(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL).group(1)

@@ -11,21 +11,21 @@ import torch
 
 from autoregressive.models.ctf import FineOptions, refine
 from autoregressive.models.generate import SamplingOptions, draw_uniforms, generate
-from autoregressive.models.gpt import build_gpt
-from autoregressive.sample import sample_c2i_ddp, sweep_c2i
+from autoregressive.models.gpt import build_gpt, load_gpt
+from autoregressive.sample import sample_c2i_ddp
 from autoregressive.sample.pipeline import ModelOptions, Pipeline
 from autoregressive.train import evaluate_c2i, train_c2i
 from autoregressive.train.train_c2i import TrainConfig, recipe
-from evaluations.c2i.classifier import ClassifierConfig, SmallClassifier
 from evaluations.c2i.judge import judge
-from scripts.paper import table
+from scripts.paper import sweep_c2i, table
 from tests.conftest import TINY_VQ, call, command, losses, randomise
 from tests.test_bad_input import refused
 from tests.test_train import TRAIN, gpt_options, write_codes
 from tokenizer.tokenizer_image import rearrange
 from tokenizer.tokenizer_image.quantizer import ProductQuantizer
 from tokenizer.tokenizer_image.vq_model import VQModel
-from utils.checkpoint import export, fingerprint, load_gpt
+from utils.checkpoint import export, fingerprint
+from utils.classifier import ClassifierConfig, SmallClassifier
 from utils.code_map import load_code_map
 from utils.code_shards import CodeDataset, CodeHeader, CodeWriter
 from utils.config import parse
@@ -79,7 +79,7 @@ def dual_codes(tmp_path_factory) -> Path:
 def export_random(run: Path, folder: Path) -> None:
     """A trained GPT's file with weights that make guidance visible, which a few steps do not."""
     gpt = load_gpt(run)
-    export(folder / "gpt.safetensors", "gpt", randomise(gpt).state_dict(), gpt.extra | {"model": asdict(gpt.config)})
+    export(folder / "gpt.safetensors", "gpt", randomise(gpt).state_dict(), asdict(gpt.provenance) | {"model": asdict(gpt.config)})
 
 
 def sample_options(gpt: Path, tokenizer: Path, out: Path, *extra) -> list:

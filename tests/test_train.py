@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from autoregressive.models.gpt import load_gpt
 from autoregressive.models.losses import ObjectiveOptions
 from autoregressive.train import evaluate_c2i, extract_codes_c2i, train_c2i
 from autoregressive.train.train_c2i import RECIPES, GPTOptions, TrainConfig, learning_rate, recipe
 from tests.conftest import REPOSITORY, TINY_VQ, call, command, export_models, losses
+from tokenizer.tokenizer_image.vq_model import load_tokenizer
 from utils.batches import GlobalBatches
-from utils.checkpoint import load_gpt, load_tokenizer
 from utils.code_shards import CodeDataset, CodeHeader, CodeWriter, read_header
 from utils.config import UserError, parse
 from utils.distributed import clip_gradients
@@ -264,7 +265,7 @@ def test_extraction_in_two_processes_equals_one_and_carries_on(images_folder, to
     assert np.array_equal(one, two) and one.shape == (24, 2, 2, 16) and one.any()
     model = load_tokenizer(tokenizer)
     assert (one[:, :, 0] < TINY_VQ.codebook_sizes[0]).all()
-    assert read_header(tmp_path / "one").tokenizer == model.extra["fingerprint"]
+    assert read_header(tmp_path / "one").tokenizer == model.provenance.fingerprint
     # Undo two rows, spoil a third: only the two come back.
     state = np.lib.format.open_memmap(tmp_path / "two" / "state.npy", mode="r+")
     codes = np.lib.format.open_memmap(tmp_path / "two" / "codes.npy", mode="r+")
@@ -318,8 +319,8 @@ def test_tokenizer_stages_resume_and_chain(stage_one, tmp_path):
     assert "at step 4 of 6" in resumed.stderr
     assert losses(tmp_path / "parts", "total") == pytest.approx(losses(tmp_path / "whole", "total"), rel=1e-4)
     model = load_tokenizer(tmp_path / "whole")
-    assert model.extra["stage"] == "dual" and (tmp_path / "whole" / "reconstructions.png").exists()
-    assert {"psnr", "usage_semantic", "usage_detail", "perplexity_detail"} <= set(model.extra["figures"])
+    assert model.provenance.stage == "dual" and (tmp_path / "whole" / "reconstructions.png").exists()
+    assert {"psnr", "usage_semantic", "usage_detail", "perplexity_detail"} <= set(model.provenance.figures)
 
 
 def test_tokenizer_training_in_two_processes_equals_one(stage_one, tmp_path):

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from utils.config import UserError, from_dict
+from utils.config import UserError
 from utils.distributed import Processes, full_tensor
 
 log = logging.getLogger("checkpoint")
@@ -183,33 +183,6 @@ def require_tensors(model: nn.Module, tensors: dict[str, Tensor], what: str, rem
         if tensor.shape != expected[name].shape:
             raise UserError(f"{what} has {called(name)} of shape {tuple(tensor.shape)} but the model needs "
                             f"{tuple(expected[name].shape)}: it is of another size, {remedy}.")
-
-
-def load_gpt(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-             option: str = "--gpt-ckpt") -> nn.Module:
-    """A GPT ready for sampling, from an exported file or run folder; `gpt.extra` holds what else the file states."""
-    from autoregressive.models.gpt import GPT
-    from autoregressive.models.transformer import GPTConfig
-
-    config, tensors = read_export(path, "gpt", option)
-    gpt = GPT(from_dict(GPTConfig, config["model"]))
-    load_weights(gpt, tensors, option)
-    gpt.extra = {name: value for name, value in config.items() if name != "model"}
-    gpt.to(device, dtype)
-    gpt.rotary = gpt.build_rotary().to(device)  # stays float32
-    return gpt.eval().requires_grad_(False)
-
-
-def load_tokenizer(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-                   option: str = "--vq-ckpt") -> nn.Module:
-    """A tokenizer ready to encode and decode, from an exported file or run folder."""
-    from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
-
-    config, tensors = read_export(path, "tokenizer", option)
-    tokenizer = VQModel(from_dict(VQConfig, config["model"]))
-    load_weights(tokenizer, tensors, option)
-    tokenizer.extra = {name: value for name, value in config.items() if name != "model"}
-    return tokenizer.to(device, dtype).eval().requires_grad_(False)
 
 
 def initialise_optimizer(optimizer: torch.optim.Optimizer) -> None:

@@ -102,14 +102,14 @@ class SamplingOptions:
     """Sample i is a function of (seed, i) alone."""
 
 
-def carried_fields(description: dict[str, Any]) -> dict[str, Any]:
-    """Fields of SamplingOptions that a checkpoint's description carries."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in description.get("sampling", {}).items()}
+def carried_fields(sampling: dict[str, Any]) -> dict[str, Any]:
+    """Fields of SamplingOptions from what a checkpoint carries as JSON."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in sampling.items()}
 
 
 def carried_sampling(gpt: GPT) -> SamplingOptions:
     """The sampling options that a loaded checkpoint carries; defaults where it says nothing."""
-    return SamplingOptions(**carried_fields(gpt.extra))
+    return SamplingOptions(**carried_fields(gpt.provenance.sampling))
 
 
 def per_stream(values: tuple, streams: int, option: str) -> tuple:
@@ -123,7 +123,7 @@ def cfg_ranges(options: SamplingOptions, gpt: GPT) -> list[tuple[float, float]]:
     """The guidance (start, end) of every stream; raises UserError for a range that is upside down or incomplete."""
     streams, values = len(gpt.config.codebook_sizes), options.cfg_scale
     if not values:
-        key = streams, gpt.extra.get("gpt_model"), gpt.config.grid_size
+        key = streams, gpt.provenance.gpt_model, gpt.config.grid_size
         if key not in CFG_RANGES:
             raise UserError(f"--cfg-scale is empty and no range is published for {key[1]} on a {key[2]}x{key[2]} grid: "
                             "give --cfg-scale START END.")

@@ -9,7 +9,10 @@ Deviations from the release: every cell has its own rotary row (`rotary="repeate
 head's slots are not rotated (`head_rotary="zero_summary"` restores the released zero row for the summary).
 """
 
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from autoregressive.models.attention import KVCache
 from autoregressive.models.paradigms import PARADIGMS
 from autoregressive.models.transformer import Block, GPTConfig, rotary_table
+from utils.checkpoint import load_weights, read_export
+from utils.config import from_dict
 
 # Shapes of the paper's section 5.1 and LlamaGen's larger models; parameters of IAR2 on a 24x24 grid, 1000 classes.
 GPT_models: dict[str, dict[str, int]] = {
@@ -32,13 +37,28 @@ GPT_models: dict[str, dict[str, int]] = {
 }
 
 
+@dataclass
+class GPTProvenance:
+    """What made a GPT; saved beside its weights and configuration."""
+
+    gpt_model: str = ""                                        # row of GPT_models; "" for a shape outside the table
+    tokenizer: str = ""                                        # fingerprint; "" where an imported file does not say it
+    image_size: int = 0                                        # of the images whose codes it was trained on
+    step: int = 0                                              # of its training; 0 if imported
+    ema: float = 0.0                                           # decay of the averaged weights; 0 for plain ones
+    sampling: dict[str, Any] = field(default_factory=dict)     # fields of SamplingOptions, the samplers' defaults
+    coarse: str = ""                                           # CTF's second stage: whose coarse labels it refines,
+    coarse_of: tuple[int, ...] = ()                            # and the coarse label of every code
+    imported: dict[str, str] = field(default_factory=dict)     # kind and file name of published weights
+
+
 class GPT(nn.Module):
     """Trunk plus prediction paradigm.  Keeps no generation state."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.extra: dict = {}
+        self.provenance = GPTProvenance()
         self.activation_checkpointing = False
         self.cls_embedding = nn.Embedding(config.num_classes + 1, config.dim)  # last row: the null class
         self.token_dropout = nn.Dropout(config.token_dropout)
@@ -126,3 +146,18 @@ class GPT(nn.Module):
 def build_gpt(name: str, **options) -> GPT:
     """A GPT of the table's size `name`, with GPTConfig fields overridden by `options`."""
     return GPT(GPTConfig(**GPT_models[name] | options))
+
+
+def load_gpt(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+             option: str = "--gpt-ckpt") -> GPT:
+    """A GPT ready for sampling, from an exported file, a run folder or a training checkpoint step-*.
+
+    Raises UserError, naming `option`, when there is none.
+    """
+    description, tensors = read_export(path, "gpt", option)
+    gpt = GPT(from_dict(GPTConfig, description.pop("model")))
+    load_weights(gpt, tensors, option)
+    gpt.provenance = from_dict(GPTProvenance, description)
+    gpt.to(device, dtype)
+    gpt.rotary = gpt.build_rotary().to(device)  # stays float32
+    return gpt.eval().requires_grad_(False)

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from autoregressive.models.ctf import FineOptions, refine
 from autoregressive.models.generate import SamplingOptions, carried_fields, cfg_ranges, draw_uniforms, generate, per_stream
-from utils.checkpoint import fingerprint, load_gpt, load_tokenizer, read_export
+from autoregressive.models.gpt import load_gpt
+from tokenizer.tokenizer_image.vq_model import load_tokenizer
+from utils.checkpoint import fingerprint, read_export
 from utils.config import UserError
 from utils.images import to_uint8
 
@@ -37,7 +39,7 @@ class ModelOptions:
 def carried_options(config: Any) -> dict[str, Any]:
     """The sampling options that --gpt-ckpt carries, as defaults of a command line whose `models` are ModelOptions."""
     description, _ = read_export(config.models.gpt_ckpt, "gpt", "--gpt-ckpt", tensors=False)
-    return carried_fields(description)
+    return carried_fields(description.get("sampling", {}))
 
 
 class Pipeline:
@@ -55,7 +57,7 @@ class Pipeline:
         self._check_models(models)
         check_sampling(sampling, fine, self.gpt)
         if self.fine is not None:
-            self.coarse_of = torch.tensor(self.fine.extra["coarse_of"], device=device)
+            self.coarse_of = torch.tensor(self.fine.provenance.coarse_of, device=device)
 
     def _check_models(self, models: ModelOptions) -> None:
         """Raise UserError unless coarse labels meet their second stage and codes their tokenizer."""
@@ -63,7 +65,7 @@ class Pipeline:
         if giver.config.paradigm == "fine":
             raise UserError(f"{option} is a second stage: give the coarse GPT here and this one as --fine-ckpt.")
         if self.fine is not None:
-            seen, expected = self.gpt.extra["tokenizer"], self.fine.extra.get("coarse")
+            seen, expected = self.gpt.provenance.tokenizer, self.fine.provenance.coarse
             giver, option = self.fine, f"--fine-ckpt {models.fine_ckpt}"
             if giver.config.paradigm != "fine":
                 raise UserError(f"{option} is no second stage but predicts by the {giver.config.paradigm} paradigm: give the GPT "
@@ -75,7 +77,7 @@ class Pipeline:
             if seen != expected:
                 raise UserError(f"--gpt-ckpt {models.gpt_ckpt} predicts {seen} but {option} refines {expected}: give two stages "
                                 "trained with the maps of one rearrange.py run.")
-        seen, expected = self.tokenizer.extra["fingerprint"], giver.extra["tokenizer"]
+        seen, expected = self.tokenizer.provenance.fingerprint, giver.provenance.tokenizer
         if expected.startswith("coarse-"):
             raise UserError(f"{option} predicts coarse labels, which no tokenizer decodes: give its --fine-ckpt.")
         if expected and seen != expected:  # published files do not say which tokenizer made their codes
@@ -100,7 +102,7 @@ class Pipeline:
         """What the models are, so that a partial file made by others is not continued."""
         stages = {"gpt": self.gpt} | ({"fine": self.fine} if self.fine is not None else {})
         return {name: fingerprint(gpt.state_dict()) for name, gpt in stages.items()} | {
-            "tokenizer": self.tokenizer.extra["fingerprint"]}
+            "tokenizer": self.tokenizer.provenance.fingerprint}
 
     @torch.inference_mode()
     def sample_codes(self, labels: Tensor, samples: np.ndarray) -> Tensor:

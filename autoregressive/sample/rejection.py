@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from evaluations.c2i.classifier import load_classifier
 from utils.checkpoint import fingerprint
+from utils.classifier import load_classifier
 from utils.config import UserError
 from utils.distributed import Processes, all_reduce_sum
 from utils.files import check_exists

@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from autoregressive.models.gpt import GPT
-from utils.checkpoint import load_gpt
+from autoregressive.models.gpt import GPT, load_gpt
 from utils.code_map import load_code_map
 from utils.code_shards import STREAMS, CodeDataset, read_header, require_fit
 from utils.config import UserError, parse, run_main
@@ -61,9 +60,9 @@ def open_codes(gpt: GPT, model: str, code_path: str | Path, code_map: str, optio
     require_fit(header, code_path, {
         "codebook_sizes": (list(gpt.config.codebook_sizes), model), "grid_size": (gpt.config.grid_size, model),
         "num_classes": (gpt.config.num_classes, model)}, option)
-    if gpt.extra["tokenizer"] not in ("", header.tokenizer):
+    if gpt.provenance.tokenizer not in ("", header.tokenizer):
         raise UserError(f"{option} {code_path} has codes of {header.tokenizer} but {model} was trained on those of "
-                        f"{gpt.extra['tokenizer']}: give codes of the same tokenizer, or the --code-map of the training.")
+                        f"{gpt.provenance.tokenizer}: give codes of the same tokenizer, or the --code-map of the training.")
     return CodeDataset(code_path, transform=found.apply if found else None)
 
 
@@ -87,7 +86,7 @@ def evaluate(gpt: GPT, dataset: CodeDataset, batch_size: int, processes: Process
     Every process makes as many passes, as sharded models need; those that have no image left count none.
     """
     share, streams = -(-len(dataset) // processes.world_size), len(gpt.paradigm.outputs)
-    coarse_of = torch.tensor(gpt.extra["coarse_of"], device=processes.device) if "coarse_of" in gpt.extra else None
+    coarse_of = torch.tensor(gpt.provenance.coarse_of, device=processes.device) if gpt.provenance.coarse_of else None
     sums = torch.zeros(streams + 1, dtype=torch.float64, device=processes.device)   # nats, images
     for first in tqdm(range(0, share, batch_size), desc="evaluate", unit="batches", disable=not processes.is_main, leave=False):
         rows = np.arange(first, min(first + batch_size, share)) * processes.world_size + processes.rank
@@ -110,7 +109,7 @@ def main() -> None:
     gpt = load_gpt(config.gpt_ckpt, processes.device)
     held_out = open_codes(gpt, f"--gpt-ckpt {config.gpt_ckpt}", config.code_path, config.code_map)
     figures = evaluate(gpt, held_out, config.batch_size, processes)
-    figures["steps"] = gpt.extra.get("step", 0)  # of its training; 0: imported
+    figures["steps"] = gpt.provenance.step  # of its training; 0: imported
     if processes.is_main:
         for name, value in figures.items():
             print(f"{name:18} {value:.4f}")

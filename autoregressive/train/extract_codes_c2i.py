@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from tokenizer.tokenizer_image.vq_model import VQModel
+from tokenizer.tokenizer_image.vq_model import VQModel, load_tokenizer
 from utils.batches import ImageOptions
-from utils.checkpoint import load_tokenizer
 from utils.code_shards import CodeHeader, CodeWriter
 from utils.config import UserError, parse, run_main
 from utils.distributed import Processes, setup
@@ -97,7 +96,7 @@ def encode(tokenizer: VQModel, crops: Tensor, device: torch.device) -> np.ndarra
 def make_header(config: ExtractConfig, source: ImageSource, tokenizer: VQModel) -> CodeHeader:
     """What the codes will state about themselves."""
     size, crops = config.images.image_size, CROPS[config.augmentation][0]
-    if tokenizer.extra.get("stage") == "semantic":
+    if tokenizer.provenance.stage == "semantic":
         raise UserError(f"--vq-ckpt {config.vq_ckpt} is a stage 1 tokenizer, whose detail codebook is untrained: give "
                         "stage 2's.")
     if config.augmentation == "ten-crop" and config.crop_range < 1:
@@ -106,7 +105,7 @@ def make_header(config: ExtractConfig, source: ImageSource, tokenizer: VQModel) 
         raise UserError(f"--image-size {size} is not a multiple of {tokenizer.config.downsampling}, the tokenizer's "
                         "downsampling.")
     augmentation = f"ten-crop {config.crop_range}" if config.augmentation == "ten-crop" else config.augmentation
-    return CodeHeader(tokenizer.extra["fingerprint"], list(tokenizer.config.codebook_sizes),
+    return CodeHeader(tokenizer.provenance.fingerprint, list(tokenizer.config.codebook_sizes),
                       size // tokenizer.config.downsampling, size, crops, augmentation, source.num_classes, len(source),
                       source=f"{len(source)} images of {config.images.data_path.name}")
 

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils.data import DataLoader
 
 from autoregressive.models.generate import sampling_preset
-from autoregressive.models.gpt import GPT, GPT_models
+from autoregressive.models.gpt import GPT, GPT_models, GPTProvenance
 from autoregressive.models.losses import ObjectiveOptions, check_objective, objective
 from autoregressive.models.paradigms import PARADIGMS
 from autoregressive.models.transformer import GPTConfig
@@ -36,7 +36,7 @@ from utils.batches import GlobalBatches
 from utils.checkpoint import export, exported_step, initialise_optimizer, load_weights, read_export
 from utils.code_map import CodeMap, load_code_map
 from utils.code_shards import CodeDataset, CodeHeader, as_batch, read_header, require_fit
-from utils.config import UserError, parse, run_main, to_dict
+from utils.config import UserError, from_dict, parse, run_main, to_dict
 from utils.distributed import (
     DataParallel,
     Processes,
@@ -380,7 +380,8 @@ def train(config: TrainConfig, processes: Processes) -> None:
                            "defaults": to_dict(GPTConfig()) | {"coarse": ""}, "options": to_dict(config),
                            "export": describe(config, model_config, header, code_map)}, processes, total_steps)
     training = set_up(config, model_config, processes)
-    training.gpt.extra = run.config["export"]
+    about = {name: value for name, value in run.config["export"].items() if name != "model"}
+    training.gpt.provenance = from_dict(GPTProvenance, about)
     held_out = config.val_code_path and evaluate_c2i.open_codes(training.gpt, "this run", config.val_code_path, config.code_map,
                                                                 "--val-code-path")
     log.info("%s: %.1fM parameters, %d steps of %d images, %s on %d processes", config.gpt.gpt_model,

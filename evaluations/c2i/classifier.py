@@ -1,4 +1,4 @@
-"""A small convolutional classifier for small images: trained here, used as a judge and as a perceptual distance.
+"""Train the small classifier (`utils/classifier.py`) that judges small images or serves as a perceptual distance.
 
 Inception features say little about 28-pixel clothes. The quickstart therefore trains one classifier that judges samples
 (`judge.py`) and another whose features serve the tokenizer's perceptual loss, so that the judge is not the teacher.
@@ -15,25 +15,18 @@ if __package__ in (None, ""):
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from utils.checkpoint import export, load_weights, read_export
-from utils.config import from_dict, parse, run_main
+from utils.checkpoint import export
+from utils.classifier import ClassifierConfig, SmallClassifier
+from utils.config import parse, run_main
 from utils.distributed import Processes, setup
 from utils.files import check_writable
 from utils.images import ImageSource, UnreadableImage, center_crop, open_images, to_tensor
 from utils.run import set_up_logging
 
 log = logging.getLogger("classifier")
-
-
-@dataclass
-class ClassifierConfig:
-    """Shape of the classifier."""
-
-    num_classes: int = 10
-    channels: tuple[int, ...] = (32, 64, 128)
 
 
 @dataclass
@@ -58,45 +51,6 @@ class ClassifierTrainConfig:
     """Seed of initialisation and data order."""
     device: str = "auto"
     """auto, cuda or cpu."""
-
-
-class SmallClassifier(nn.Module):
-    """Convolution stages with batch normalisation, average pooling, one linear layer."""
-
-    def __init__(self, config: ClassifierConfig) -> None:
-        super().__init__()
-        self.config = config
-        widths = (3, *config.channels)
-        self.stages = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(before, width, 3, padding=1, stride=2 if index == 0 else 1, bias=False),
-                          nn.BatchNorm2d(width), nn.ReLU(),
-                          nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-            for index, (before, width) in enumerate(zip(widths, widths[1:])))
-        self.output = nn.Linear(widths[-1], config.num_classes)
-
-    def feature_maps(self, images: Tensor) -> list[Tensor]:
-        """[B, 3, H, W] in [-1, 1] -> the maps after every stage, at 1/2, 1/4, 1/8 ... of the resolution."""
-        maps, x = [], images
-        for index, stage in enumerate(self.stages):
-            x = stage(x if index == 0 else F.max_pool2d(x, 2))
-            maps.append(x)
-        return maps
-
-    def features(self, images: Tensor) -> Tensor:
-        """Pooled last maps [B, channels[-1]]."""
-        return self.feature_maps(images)[-1].mean((2, 3))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> class logits [B, num_classes]."""
-        return self.output(self.features(images))
-
-
-def load_classifier(path: str | Path, option: str = "--classifier") -> SmallClassifier:
-    """A classifier ready for use; raises UserError naming `option` when the file does not hold one."""
-    config, tensors = read_export(path, "classifier", option)
-    model = SmallClassifier(from_dict(ClassifierConfig, config["model"]))
-    load_weights(model, tensors, option)
-    return model.eval().requires_grad_(False)
 
 
 def load_all(source: ImageSource, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,8 +14,9 @@ if __package__ in (None, ""):
 import numpy as np
 import torch
 
-from evaluations.c2i.classifier import SmallClassifier, load_all, load_classifier
+from evaluations.c2i.classifier import load_all
 from evaluations.c2i.metrics import feature_statistics, frechet_distance
+from utils.classifier import SmallClassifier, load_classifier
 from utils.config import UserError, parse, run_main
 from utils.distributed import setup
 from utils.files import check_exists, check_writable, write_json

@@ -212,7 +212,7 @@ sweep() {
     tokenizer "$DUAL"; codes "$DUAL"
     gpt default "$DUAL"
     [ "$TOY" != 1 ] || evaluate+=(--judge "$OUT/judge.safetensors")
-    start autoregressive/sample/sweep_c2i.py --gpt-ckpt "$(gpt_run default "$DUAL")" --vq-ckpt "$(vq "$DUAL")" \
+    start scripts/paper/sweep_c2i.py --gpt-ckpt "$(gpt_run default "$DUAL")" --vq-ckpt "$(vq "$DUAL")" \
         "${SAMPLE[@]}" --seed "$SEED" --folder "$1" "${evaluate[@]}" "${@:2}"
 }
 

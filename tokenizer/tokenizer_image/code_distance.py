@@ -31,9 +31,8 @@ from tqdm import tqdm
 from tokenizer.tokenizer_image.evaluate import reconstruct
 from tokenizer.tokenizer_image.perceptual import PerceptualNet, build_perceptual
 from tokenizer.tokenizer_image.quantizer import Streams
-from tokenizer.tokenizer_image.vq_model import VQModel
+from tokenizer.tokenizer_image.vq_model import VQModel, load_tokenizer
 from utils.batches import ImageOptions
-from utils.checkpoint import load_tokenizer
 from utils.config import UserError, parse, run_main
 from utils.distributed import setup
 from utils.files import check_writable, write_json
@@ -182,7 +181,7 @@ def open_tokenizer(config: CodeDistanceConfig, device: torch.device) -> tuple[VQ
     """The tokenizer and the streams it is decoded from; raises UserError when an option does not fit it."""
     tokenizer = load_tokenizer(config.vq_ckpt, device).to(memory_format=torch.channels_last)
     # Stage 1 leaves the detail codebook untrained.
-    streams: Streams = "semantic" if tokenizer.extra.get("stage") == "semantic" else "all"
+    streams: Streams = "semantic" if tokenizer.provenance.stage == "semantic" else "all"
     kept = tokenizer.quantizer.streams(streams)
     if not 0 <= config.stream < kept:
         raise UserError(f"--stream {config.stream} is not among the {kept} trained codebooks of --vq-ckpt "

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evaluations.c2i.classifier import load_classifier
+from utils.classifier import load_classifier
 from utils.config import UserError
 from utils.files import check_exists
 

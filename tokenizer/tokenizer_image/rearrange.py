@@ -30,7 +30,8 @@ from scipy.cluster.hierarchy import linkage
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 
-from utils.checkpoint import export, fingerprint, load_tokenizer, read_export
+from tokenizer.tokenizer_image.vq_model import load_tokenizer
+from utils.checkpoint import export, fingerprint, read_export
 from utils.code_map import CodeMap
 from utils.config import UserError, parse, run_main
 from utils.distributed import setup

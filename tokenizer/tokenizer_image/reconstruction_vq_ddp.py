@@ -21,9 +21,8 @@ from tokenizer.tokenizer_image.codebook import CodeUsage, warn_of_collapse
 from tokenizer.tokenizer_image.evaluate import psnr, reconstruct, reconstruction_grid
 from tokenizer.tokenizer_image.perceptual import PerceptualNet, build_perceptual
 from tokenizer.tokenizer_image.quantizer import Streams
-from tokenizer.tokenizer_image.vq_model import VQModel
+from tokenizer.tokenizer_image.vq_model import VQModel, load_tokenizer
 from utils.batches import ImageOptions
-from utils.checkpoint import load_tokenizer
 from utils.config import UserError, parse, run_main
 from utils.distributed import Processes, all_reduce_sum, setup
 from utils.files import check_writable, write_json
@@ -58,7 +57,7 @@ class ReconstructionConfig:
 def open_tokenizer(config: ReconstructionConfig, processes: Processes) -> VQModel:
     """The tokenizer; raises UserError when it cannot do what the options ask."""
     tokenizer = load_tokenizer(config.vq_ckpt, processes.device).to(memory_format=torch.channels_last)
-    if tokenizer.extra.get("stage") == "semantic" and config.streams == "all":
+    if tokenizer.provenance.stage == "semantic" and config.streams == "all":
         raise UserError(f"--vq-ckpt {config.vq_ckpt} is a stage 1 tokenizer, whose detail codebook is untrained: use "
                         "--streams semantic.")
     if config.images.image_size % tokenizer.config.downsampling:

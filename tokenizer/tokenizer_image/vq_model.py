@@ -4,13 +4,16 @@
 begin with a pixel-unshuffle stem, which halves the resolution before the first convolution.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.tokenizer_image.quantizer import QUANTIZERS, Quantized, Streams
+from utils.checkpoint import load_weights, read_export
+from utils.config import from_dict
 
 
 @dataclass
@@ -194,6 +197,19 @@ class Decoder(nn.Module):
         return self.stem(self.conv_out(F.silu(self.norm_out(x))))
 
 
+@dataclass
+class TokenizerProvenance:
+    """What made a tokenizer; saved beside its weights and configuration."""
+
+    fingerprint: str = ""                                      # of its weights, by which codes and GPTs know it
+    stage: str = ""                                            # of training that it comes from; "semantic": stage 1 alone
+    step: int = 0                                              # of that stage; 0 if imported
+    image_size: int = 0                                        # of its training images
+    figures: dict[str, float] = field(default_factory=dict)    # of its last evaluation
+    cluster_size: int = 0                                      # codes in each of IAR's clusters; 0 if not rearranged
+    imported: dict[str, str] = field(default_factory=dict)     # kind and file name of published weights
+
+
 class VQModel(nn.Module):
     """Encoder, quantizer, decoder."""
 
@@ -203,7 +219,7 @@ class VQModel(nn.Module):
         if len(config.codebook_sizes) != codebooks:
             raise ValueError(f"quantizer {config.quantizer} needs {codebooks} codebook sizes, got {config.codebook_sizes}")
         self.config = config
-        self.extra: dict = {}
+        self.provenance = TokenizerProvenance()
         self.encoder = Encoder(config)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.code_dim, 1)
         self.quantizer = quantizer(config.codebook_sizes, config.code_dim, config.beta)
@@ -236,3 +252,16 @@ class VQModel(nn.Module):
 def build_tokenizer(name: str, **options) -> VQModel:
     """A tokenizer of the table's preset `name`, with VQConfig fields overridden by `options`."""
     return VQModel(VQConfig(**VQ_models[name] | options))
+
+
+def load_tokenizer(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+                   option: str = "--vq-ckpt") -> VQModel:
+    """A tokenizer ready to encode and decode, from an exported file or run folder.
+
+    Raises UserError, naming `option`, when there is none.
+    """
+    description, tensors = read_export(path, "tokenizer", option)
+    tokenizer = VQModel(from_dict(VQConfig, description.pop("model")))
+    load_weights(tokenizer, tensors, option)
+    tokenizer.provenance = from_dict(TokenizerProvenance, description)
+    return tokenizer.to(device, dtype).eval().requires_grad_(False)

@@ -23,10 +23,11 @@ import torch
 from autoregressive.models.generate import cfg_ranges
 from autoregressive.sample.pipeline import Pipeline, carried_options
 from autoregressive.sample.sample_c2i_ddp import SampleConfig, write_samples
-from evaluations.c2i.classifier import load_all, load_classifier
+from evaluations.c2i.classifier import load_all
 from evaluations.c2i.evaluator import EvaluationFile, EvaluatorConfig, FeatureSource, compare
 from evaluations.c2i.judge import features_and_votes, judge
 from evaluations.c2i.metrics import feature_statistics
+from utils.classifier import load_classifier
 from utils.config import UserError, parse, run_main
 from utils.distributed import Processes, setup
 from utils.files import check_exists, check_writable, read_json, write_json
