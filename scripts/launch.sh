@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Start any script of this repository on all GPUs of this node, or of several nodes.
-#   bash scripts/launch.sh autoregressive/sample/sample_c2i_ddp.py --gpt-ckpt G --vq-ckpt V --out samples.npz
-# NPROC processes a node (default: the GPUs seen, or 1); NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT as for torchrun.
+# Start any Python script of this repository on all GPUs of this node, or of several nodes (NPROC and NNODES: setup.sh).
+#   bash scripts/launch.sh autoregressive/train/evaluate_c2i.py --gpt-ckpt G --code-path C
+# The script is named relative to the present folder or to the repository.
 source "$(dirname "$0")/setup.sh"
-NPROC="${NPROC:-$("$PYTHON" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}"
-launch "$@"
+script="${1:?name the script to start, for example autoregressive/train/train_c2i.py.}"
+[[ "$script" = /* || ! -e "$script" ]] || script="$PWD/$script"
+launch "$script" "${@:2}"

@@ -39,9 +39,8 @@ phase teacher classifier --out "$OUT/teacher.safetensors" --epochs "$(steps 3 1)
 phase judge classifier --out "$OUT/judge.safetensors" --widths 48 96 128 --epochs "$(steps 5 1)" --seed 2
 
 tokenizer() {
-    RUN_DIR="$OUT/vq" NPROC=1 \
-    STAGE1="--steps $(steps 500)" STAGE2="--steps $(steps 2800) --revive-every 50" \
-        bash scripts/tokenizer/train_dual_vq.sh --data-path ${DATA}_train.npz --val-path ${DATA}_test.npz \
+    NPROC=1 STAGE1="--steps $(steps 500)" STAGE2="--steps $(steps 2800) --revive-every 50" \
+        bash scripts/tokenizer/train_dual_vq.sh --run-dir "$OUT/vq" --data-path ${DATA}_train.npz --val-path ${DATA}_test.npz \
         --vq-model VQ-8-small --codebook-sizes 128 512 "${SHAPE[@]}" "${PERCEPTUAL[@]}" --no-random-crop --no-random-flip \
         --global-batch-size 16 --lr 1e-3 --lr-end 5e-5 --ema-decay 0.99 --codebook-init kmeans \
         --kmeans-vectors 32768 --log-every 50 --checkpoint-every 250 --mixed-precision none

@@ -1,17 +1,34 @@
-# Sourced by the other scripts: sets PYTHON to an interpreter that has the requirements, making .venv if none has, and
-# defines `launch`, which starts a script on NPROC processes (torchrun) or, for one, directly, and `value`.
+# Sourced by the other scripts.  Sets PYTHON to an interpreter that has requirements.txt, making .venv if none has, and
+# defines `launch SCRIPT OPTIONS...`.  Environment variables, as for torchrun:
+#   NPROC        processes on this node; default: the GPUs this shell may use, 1 without any
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several nodes; the same command on each
 set -euo pipefail
 REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
+# has_requirements PYTHON: asks the packages' metadata, because importing them takes seconds.
 has_requirements() {
-    [ "${REQUIREMENTS_MET_BY:-}" != "$1" ] || return 0  # a script that called this one has looked
-    "$1" - >/dev/null 2>&1 <<'CHECK'
-import sys
+    [ "${REQUIREMENTS_MET_BY:-}" != "$1" ] || return 0  # the script that called this one has asked already
+    "$1" - "$REPOSITORY/requirements.txt" >/dev/null 2>&1 <<'CHECK'
+import re, sys
+from importlib.metadata import version
+
+def numbers(text):
+    return [int(part) for part in re.findall(r"\d+", text)]
+
 assert sys.version_info >= (3, 11)
-import lpips, matplotlib, numpy, PIL, pytest, safetensors, scipy, skimage, sklearn, tensorboard, torch, torch_fidelity
-import timm, torchvision, tqdm, tyro
-assert tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
+for line in open(sys.argv[1]):
+    name, _, minimum = line.partition("#")[0].strip().partition(">=")
+    assert not name or numbers(version(name)) >= numbers(minimum), line
 CHECK
+}
+
+# install PYTHON: the tested versions, or the newest ones where those do not exist for this Python.
+install() {
+    local pip=("$1" -m pip --disable-pip-version-check install --quiet -r "$REPOSITORY/requirements.txt") output
+    if ! output="$("${pip[@]}" -c "$REPOSITORY/scripts/constraints.txt" 2>&1)"; then
+        echo "the tested versions (scripts/constraints.txt) cannot be installed here: installing the newest instead" >&2
+        output="$("${pip[@]}" 2>&1)" || { echo "$output" >&2; exit 1; }
+    fi
 }
 
 find_python() {
@@ -28,30 +45,33 @@ find_python() {
     fi
     echo "installing the requirements into $REPOSITORY/.venv (once, some minutes)" >&2
     python3 -m venv "$REPOSITORY/.venv"
-    "$REPOSITORY/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$REPOSITORY/requirements.txt" >&2
     PYTHON="$REPOSITORY/.venv/bin/python"
+    install "$PYTHON"
 }
 
-launch() {
-    if [ "${NPROC:-1}" = 1 ] && [ "${NNODES:-1}" = 1 ]; then
-        "$PYTHON" "$@"
-    else
-        "$PYTHON" -m torch.distributed.run --nnodes "${NNODES:-1}" --nproc-per-node "${NPROC:-1}" \
-            --node-rank "${NODE_RANK:-0}" --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" "$@"
+# gpus: how many GPUs this shell may use, at least 1.
+gpus() {
+    local count=1
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        count="$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c '[^[:space:]]')" || true
+    elif command -v nvidia-smi >/dev/null 2>&1; then
+        count="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ')" || true
     fi
+    echo $((count > 1 ? count : 1))
 }
 
-# value FLAG DEFAULT ARGUMENTS...: what a command line gives a flag; of several the last.
-value() {
-    local flag="$1" found="$2"; shift 2
-    while [ $# -gt 0 ]; do
-        case "${1//_/-}" in
-            "$flag") found="${2:-$found}" ;;
-            "$flag"=*) found="${1#*=}" ;;
-        esac
-        shift
-    done
-    echo "$found"
+# launch SCRIPT OPTIONS...: start a script, named relative to the repository, on NPROC processes; --help on one.
+launch() {
+    local script="$1" processes="${NPROC:-}" nodes="${NNODES:-1}"; shift
+    [[ "$script" = /* ]] || script="$REPOSITORY/$script"
+    [[ " $* " != *" --help "* && " $* " != *" -h "* ]] || processes=1 nodes=1
+    processes="${processes:-$(gpus)}"
+    if [ "$processes" = 1 ] && [ "$nodes" = 1 ]; then
+        "$PYTHON" "$script" "$@"
+    else
+        "$PYTHON" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$processes" --node-rank "${NODE_RANK:-0}" \
+            --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" "$script" "$@"
+    fi
 }
 
 find_python

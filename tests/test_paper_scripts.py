@@ -36,7 +36,7 @@ CONFIGS = {"train_dual_vq.sh": VQTrainConfig, "train_vq.sh": VQTrainConfig, "tra
            "classifier.py": ClassifierTrainConfig, "rearrange.py": RearrangeConfig, "code_distance.py": CodeDistanceConfig,
            "reconstruction_vq_ddp.py": ReconstructionConfig, "val_ddp.py": ValidationConfig, "table.py": TableConfig,
            "plot_losses.py": PlotConfig}
-ADDED = {"train_dual_vq.sh": ["--run-dir", "R", "--stage", "dual"], "train_vq.sh": ["--run-dir", "R", "--stage", "single"]}
+ADDED = {"train_dual_vq.sh": ["--stage", "dual"], "train_vq.sh": ["--stage", "single"]}
 
 
 def dry_run(script: str, out: Path, **variables: str) -> list[list[str]]:
@@ -85,9 +85,8 @@ def test_scripts_that_share_a_run_agree_about_it(commands):
     trainings: dict[str, dict[tuple, str]] = {}
     for (script, toy), lines in commands.items():
         for line in lines:
-            words = dict(zip(line, line[1:]))
-            folder = words.get("--run-dir") or next((word for word in line if word.startswith("RUN_DIR=")), None)
-            if folder:
+            if "--run-dir" in line:
+                folder = line[line.index("--run-dir") + 1]
                 options = (toy, *(word for word in line if word != folder))
                 trainings.setdefault(f"{toy} {folder}", {})[options] = script
     assert all(len(scripts) == 1 for scripts in trainings.values()), trainings
@@ -100,7 +99,7 @@ def test_sizes_grids_and_seeds_have_folders_of_their_own(tmp_path):
     """Codes of another grid, a GPT of another size, length or seed never meet."""
     runs = [dry_run("table3.sh", tmp_path, **variables) for variables in (
         {}, {"SIZE": "256"}, {"MODEL": "GPT-L"}, {"EPOCHS": "50"}, {"SEED": "1"})]
-    folders = [{line[line.index("--run-dir") + 1] for line in run if "--run-dir" in line} for run in runs]
+    folders = [{line[line.index("--run-dir") + 1] for line in run if "--gpt-model" in line} for run in runs]
     assert [len(folder) for folder in folders] == [5] * 5
     assert len(set.union(*folders)) == 24  # CTF's second stage is the same beside GPT-B and GPT-L
     codes = [{line[line.index("--code-path") + 1] for line in run if "--code-path" in line} for run in runs[:2]]

@@ -4,7 +4,7 @@
 #   DRY=1        print the commands, run none
 #   OUT          where everything goes; default runs/paper, runs/paper-toy
 #   DATA, VAL    full scale: ImageNet's train and val folders;  REFERENCE: ADM's VIRTUAL_imagenet256_labeled.npz
-#   MODEL, SIZE, EPOCHS   full scale: GPT-B, 384 and 100 unless said otherwise;  NPROC: GPUs of this one node, all seen
+#   MODEL, SIZE, EPOCHS   full scale: GPT-B, 384 and 100 unless said otherwise;  NPROC: GPUs of this one node (all)
 #   GPT_OPTIONS  full scale: more options of train_c2i.py, whose --dry-run estimates what fits a GPU; for example
 #                "--micro-batch-size 16 --activation-checkpointing"
 #   TOKENIZER_EPOCHS  full scale: epochs of each of the two stages (40); tokenizers of one stage get twice as many
@@ -13,7 +13,9 @@
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 cd "$REPOSITORY"
 TOY="${TOY:-0}" DRY="${DRY:-0}" SEED="${SEED:-0}"
-if [ "$TOY" = 1 ]; then
+toy() { [ "$TOY" = 1 ]; }
+dry() { [ "$DRY" = 1 ]; }
+if toy; then
     OUT="${OUT:-runs/paper-toy}" DATA=scripts/data/fashion_mnist_train.npz VAL=scripts/data/fashion_mnist_test.npz
     TOY_SECONDS="${TOY_SECONDS:-45}" TOKENIZER_STEPS="${TOKENIZER_STEPS:-1200}"
     export NPROC=1
@@ -33,7 +35,6 @@ else
     OUT="${OUT:-runs/paper}" DATA="${DATA:?set it to the folder of ImageNet train, or TOY=1 for the bundled images.}"
     VAL="${VAL:?set it to the folder of ImageNet val.}" REFERENCE="${REFERENCE:?set it to VIRTUAL_imagenet256_labeled.npz.}"
     MODEL="${MODEL:-GPT-B}" SIZE="${SIZE:-384}" EPOCHS="${EPOCHS:-100}"
-    export NPROC="${NPROC:-$("$PYTHON" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}"
     IMAGES=(--image-size 256)
     TOKENIZER=("${IMAGES[@]}") TOKENIZER_EPOCHS="${TOKENIZER_EPOCHS:-40}"
     GPT=(${GPT_OPTIONS:-})  # beside train_c2i.py's recipe of MODEL and SIZE
@@ -47,14 +48,14 @@ DUAL="dual-$SEMANTIC-$DETAIL" PRODUCT="product-$SEMANTIC-$DETAIL" ONE="single-$S
 IAR="balanced-$CLUSTERS" CTF="coarse-$COARSE"
 
 # variant: what tells GPTs of one codebook and one name apart
-variant() { if [ "$TOY" = 1 ]; then echo "${TIME:-$TOY_SECONDS}s-seed$SEED"; else echo "${MODEL#GPT-}-$SIZE-$EPOCHS-seed$SEED"; fi; }
+variant() { if toy; then echo "${TIME:-$TOY_SECONDS}s-seed$SEED"; else echo "${MODEL#GPT-}-$SIZE-$EPOCHS-seed$SEED"; fi; }
 SCRIPT="${SCRIPT:-$(basename "$0" .sh)-$(variant)}"  # rows of two tables may share a name
 FIGURES="$OUT/figures/$SCRIPT" SAMPLES="$OUT/samples/$SCRIPT" RECONSTRUCTIONS="$OUT/reconstructions"
-[ "$DRY" = 1 ] || mkdir -p "$FIGURES" "$SAMPLES" "$RECONSTRUCTIONS"
+dry || mkdir -p "$FIGURES" "$SAMPLES" "$RECONSTRUCTIONS"
 
-# run COMMAND...: what every command goes through;  start: the same on NPROC processes;  once FILE COMMAND...: any, if FILE is missing
-run() { if [ "$DRY" = 1 ]; then printf '%q ' "$@"; echo; else "$@"; fi; }
-start() { if [ "$DRY" = 1 ]; then run "$PYTHON" "$@"; else launch "$@"; fi; }
+# run COMMAND...: what every command goes through;  start: the same on NPROC processes;  once FILE COMMAND...: if FILE is missing
+run() { if dry; then printf '%q ' "$@"; echo; else "$@"; fi; }
+start() { if dry; then run "$PYTHON" "$@"; else launch "$@"; fi; }
 once() { [ -e "$1" ] || "${@:2}"; }
 # kept FILE COMMAND...: what COMMAND printed the first time
 kept() {
@@ -66,7 +67,7 @@ kept() {
     cat "$1"
 }
 
-# Where things are.  vq NAME: a tokenizer, of tokenizer() or of rearrange();  code_path NAME: its codes;  gpt_run NAME CODES: a GPT
+# Where things are.  vq NAME: a tokenizer of tokenizer() or rearrange();  code_path NAME: its codes;  gpt_run NAME CODES: a GPT
 vq() {
     case "$1" in
         dual-*) echo "$OUT/tokenizers/$1/dual" ;;
@@ -74,12 +75,12 @@ vq() {
         *) echo "$OUT/tokenizers/$1" ;;
     esac
 }
-code_path() { if [ "$TOY" = 1 ]; then echo "$OUT/codes/$1"; else echo "$OUT/codes/$1-$SIZE"; fi; }
+code_path() { if toy; then echo "$OUT/codes/$1"; else echo "$OUT/codes/$1-$SIZE"; fi; }
 gpt_run() { echo "$OUT/gpt/$2/$1-$(variant)"; }
 
 # classifiers: toy: the tokenizer's teacher and the judge of samples, as in the quickstart
 classifiers() {
-    [ "$TOY" = 1 ] || return 0
+    toy || return 0
     local train=("$PYTHON" evaluations/c2i/classifier.py --data-path "$DATA" --image-size 32)
     once "$OUT/teacher.safetensors" run "${train[@]}" --out "$OUT/teacher.safetensors" --epochs 3 --seed 1
     once "$OUT/judge.safetensors" run "${train[@]}" --out "$OUT/judge.safetensors" --widths 48 96 128 --epochs 5 --seed 2
@@ -88,7 +89,7 @@ classifiers() {
 # tokenizer QUANTIZER-SIZE[-SIZE]...: train tokenizers; dual ones in two stages
 tokenizer() {
     local name sizes options stage1 stage2 whole
-    if [ "$TOY" = 1 ]; then
+    if toy; then
         stage1="--steps $((TOKENIZER_STEPS / 4))" stage2="--steps $TOKENIZER_STEPS" whole="--steps $((TOKENIZER_STEPS * 5 / 4))"
     else
         stage1="--epochs $TOKENIZER_EPOCHS" stage2="$stage1" whole="--epochs $((TOKENIZER_EPOCHS * 2))"
@@ -98,10 +99,10 @@ tokenizer() {
         read -r -a sizes <<< "${name//-/ }"  # the quantizer, then its codebook sizes
         options=(--data-path "$DATA" --val-path "$VAL" "${TOKENIZER[@]}" --codebook-sizes "${sizes[@]:1}")
         if [ "${sizes[0]}" = dual ]; then
-            run env RUN_DIR="$OUT/tokenizers/$name" STAGE1="$stage1" STAGE2="$stage2" \
-                bash scripts/tokenizer/train_dual_vq.sh "${options[@]}"
+            run env STAGE1="$stage1" STAGE2="$stage2" bash scripts/tokenizer/train_dual_vq.sh \
+                --run-dir "$OUT/tokenizers/$name" "${options[@]}"
         else
-            run env RUN_DIR="$(vq "$name")" bash scripts/tokenizer/train_vq.sh --quantizer "${sizes[0]}" "${options[@]}" $whole
+            run bash scripts/tokenizer/train_vq.sh --run-dir "$(vq "$name")" --quantizer "${sizes[0]}" "${options[@]}" $whole
         fi
     done
 }
@@ -109,7 +110,7 @@ tokenizer() {
 # codes TOKENIZER...: codes of the training images, and of the held-out ones for likelihoods
 codes() {
     local name extract size=("${IMAGES[@]}")
-    [ "$TOY" = 1 ] || size=(--image-size "$SIZE")
+    toy || size=(--image-size "$SIZE")
     for name in "$@"; do
         extract=(autoregressive/train/extract_codes_c2i.py --vq-ckpt "$(vq "$name")" "${size[@]}")
         start "${extract[@]}" --data-path "$DATA" --code-path "$(code_path "$name")" --augmentation "$AUGMENTATION"
@@ -141,7 +142,7 @@ toy_steps() { "$PYTHON" -c "print(max(int(${TIME:-$TOY_SECONDS} * $(rate "$@") /
 # EPOCHS; at toy scale every GPT is given the same time anyway, and DRY=1 makes no probe
 equal_time() {
     local options rates=()
-    if [ "$TOY$DRY" != 00 ]; then echo "${EPOCHS:-}"; return; fi
+    if toy || dry; then echo "${EPOCHS:-}"; return; fi
     for options in "$1" "$2"; do
         local train=(bash scripts/autoregressive/train_c2i.sh --gpt-model "$MODEL" --image-size "$SIZE"
                      --code-path "$(code_path "$DUAL")" ${GPT[@]+"${GPT[@]}"} $options)
@@ -154,9 +155,9 @@ equal_time() {
 gpt() {
     local folder options; folder="$(gpt_run "$1" "$2")"
     options=(--code-path "$(code_path "$2")" ${GPT[@]+"${GPT[@]}"} --seed "$SEED" "${@:3}")
-    [ "$TOY" = 1 ] || options=(--gpt-model "$MODEL" --image-size "$SIZE" --epochs "$EPOCHS" "${options[@]}")
+    toy || options=(--gpt-model "$MODEL" --image-size "$SIZE" --epochs "$EPOCHS" "${options[@]}")
     local train=(bash scripts/autoregressive/train_c2i.sh "${options[@]}")
-    [ "$TOY$DRY" = 10 ] && train+=(--steps "$(kept "$folder/steps" toy_steps "${train[@]}")")
+    if toy && ! dry; then train+=(--steps "$(kept "$folder/steps" toy_steps "${train[@]}")"); fi
     run "${train[@]}" --run-dir "$folder"
 }
 
@@ -168,14 +169,14 @@ score() {
     if [ ! -e "$SAMPLES/$name.judged.json" ]; then
         start autoregressive/sample/sample_c2i_ddp.py --gpt-ckpt "$(gpt_run "$2" "$3")" --vq-ckpt "$(vq "$3")" \
             "${SAMPLE[@]}" --seed "$SEED" --out "$npz" "${@:4}"
-        if [ "$TOY" = 1 ]; then
+        if toy; then
             run "$PYTHON" evaluations/c2i/judge.py --classifier "$OUT/judge.safetensors" --reference "$VAL" --samples "$npz" \
                 --out "$SAMPLES/$name.judged.json"
         else
             run "$PYTHON" evaluations/c2i/evaluator.py "$REFERENCE" "$npz" --json "$SAMPLES/$name.judged.json"
         fi
     fi
-    figures "$1" "$SAMPLES/$name.judged.json" $([ "$TOY" != 1 ] || echo --keys "$name")
+    figures "$1" "$SAMPLES/$name.judged.json" $(if toy; then echo --keys "$name"; fi)
     # Missing where samples were selected, or their drawing was interrupted.
     [ ! -e "$SAMPLES/$name.rate.json" ] || figures "$1" "$SAMPLES/$name.rate.json"
 }
@@ -198,7 +199,7 @@ reconstruct() {
     once "$RECONSTRUCTIONS/$2.json" start tokenizer/tokenizer_image/reconstruction_vq_ddp.py --vq-ckpt "$(vq "$2")" \
         --data-path "$VAL" "${IMAGES[@]}" ${PERCEPTUAL[@]+"${PERCEPTUAL[@]}"} --out "$npz"
     figures "$1" "$RECONSTRUCTIONS/$2.json"
-    if [ "$TOY" != 1 ]; then
+    if ! toy; then
         once "$val" run "$PYTHON" tokenizer/validation/val_ddp.py --data-path "$VAL" --image-size 256 --out "$val"
         once "$RECONSTRUCTIONS/$2.rfid.json" run "$PYTHON" evaluations/c2i/evaluator.py "$val" "$npz" \
             --json "$RECONSTRUCTIONS/$2.rfid.json"
@@ -211,7 +212,7 @@ sweep() {
     local evaluate=(--reference "${REFERENCE:-$VAL}")
     tokenizer "$DUAL"; codes "$DUAL"
     gpt default "$DUAL"
-    [ "$TOY" != 1 ] || evaluate+=(--judge "$OUT/judge.safetensors")
+    if toy; then evaluate+=(--judge "$OUT/judge.safetensors"); fi
     start scripts/paper/sweep_c2i.py --gpt-ckpt "$(gpt_run default "$DUAL")" --vq-ckpt "$(vq "$DUAL")" \
         "${SAMPLE[@]}" --seed "$SEED" --folder "$1" "${evaluate[@]}" "${@:2}"
 }
@@ -220,6 +221,8 @@ sweep() {
 figures() { run "$PYTHON" scripts/paper/table.py merge --folder "$FIGURES" --name "$@"; }
 table() {
     local note=()
-    [ "$TOY" != 1 ] || note=(--note "Measured: Fashion-MNIST, 4x4 cells, GPT-tiny, $TOY_SECONDS s each${NOTE:-}. Published: ImageNet.")
+    if toy; then
+        note=(--note "Measured: Fashion-MNIST, 4x4 cells, GPT-tiny, $TOY_SECONDS s each${NOTE:-}. Published: ImageNet.")
+    fi
     run "$PYTHON" scripts/paper/table.py show --folder "$FIGURES" --table "$1" --rows "${@:2}" ${note[@]+"${note[@]}"}
 }

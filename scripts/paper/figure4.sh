@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Figure 4: reconstruction and generation over the size of a single codebook, beside IAR2's dual codebook.
 source "$(dirname "$0")/common.sh"
-[ "$TOY" = 1 ] && sizes=(64 256 1024 2048) || sizes=(1024 4096 16384 65536)
+toy && sizes=(64 256 1024 2048) || sizes=(1024 4096 16384 65536)
 rows=("${sizes[@]/#/single-}" "$DUAL")
 for row in "${rows[@]}"; do
     tokenizer "$row"; codes "$row"

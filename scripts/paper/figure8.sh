@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Figure 8: training losses by model size, 16x16 tokens.  MODELS names the sizes (GPT-B GPT-L GPT-XL GPT-XXL; toy: one and two head layers).
+# Figure 8: training losses by model size, 16x16 tokens (toy: one and two head layers).
+# MODELS: the sizes (GPT-B GPT-L GPT-XL GPT-XXL).
 SIZE="${SIZE:-256}" EPOCHS="${EPOCHS:-50}"
 source "$(dirname "$0")/common.sh"
 tokenizer "$DUAL"; codes "$DUAL"
 runs=()
-if [ "$TOY" = 1 ]; then
+if toy; then
     gpt head-1 "$DUAL" --head-layers 1
     gpt default "$DUAL"
     runs=("$(gpt_run head-1 "$DUAL")" "$(gpt_run default "$DUAL")")

@@ -25,7 +25,7 @@ iar() {
 # model has GPT-L's size (343M) beside any first one, both temperatures are 1.1.
 ctf() {
     local maps coarse fine sampling="" TIME=$(( ${TOY_SECONDS:-0} / 2 )); maps="--code-map $(vq "$CTF")"
-    [ "$TOY" = 1 ] || sampling="--temperature 1.1 --fine-temperature 1.1"
+    toy || sampling="--temperature 1.1 --fine-temperature 1.1"
     gpt ctf-coarse "$ONE" $maps/coarse_map.safetensors
     MODEL=GPT-L gpt ctf-fine "$ONE" $maps/fine_map.safetensors
     coarse="$(gpt_run ctf-coarse "$ONE")" fine="$(MODEL=GPT-L gpt_run ctf-fine "$ONE")"

@@ -3,7 +3,7 @@
 # since its row 128, 4096 is table 6's).
 #   DATA=... VAL=... REFERENCE=... bash scripts/paper/table1.sh      TOY=1 bash scripts/paper/table1.sh
 source "$(dirname "$0")/common.sh"
-scale=$([ "$TOY" = 1 ] && echo 2 8 || echo 1 1)  # toy: half the semantic, an eighth of the detail codes
+scale=$(toy && echo 2 8 || echo 1 1)  # toy: half the semantic, an eighth of the detail codes
 rows=(128-4096 256-4096 512-4096 256-2048 256-8192)
 for row in "${rows[@]}"; do
     read -r semantic detail by_semantic by_detail <<< "${row/-/ } $scale"

@@ -3,7 +3,7 @@
 # CLASSIFIER: a timm model for ImageNet.
 MODEL="${MODEL:-GPT-XXL}" EPOCHS="${EPOCHS:-300}"
 source "$(dirname "$0")/common.sh"
-[ "$TOY" = 1 ] && classifier="$OUT/teacher.safetensors" || classifier="${CLASSIFIER:-convnext_large.fb_in22k_ft_in1k}"
+toy && classifier="$OUT/teacher.safetensors" || classifier="${CLASSIFIER:-convnext_large.fb_in22k_ft_in1k}"
 tokenizer "$DUAL"; codes "$DUAL"
 gpt default "$DUAL"
 row="iar2-${MODEL#GPT-}"

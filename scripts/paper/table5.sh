@@ -3,7 +3,7 @@
 # constant guidance.
 source "$(dirname "$0")/common.sh"
 source "$(dirname "$0")/systems.sh"
-[ "$TOY" = 1 ] || DUAL="dual-128-$DETAIL"
+toy || DUAL="dual-128-$DETAIL"
 PRESET_TWO=(--guidance constant --cfg-scale "$CONSTANT")
 tokenizer "$DUAL"; codes "$DUAL"
 epochs="${EPOCHS:-}"

@@ -3,7 +3,7 @@
 # the compressed ones; (128, 4096) codes, constant guidance.  WINDOW: side of the window (5).
 source "$(dirname "$0")/common.sh"
 source "$(dirname "$0")/systems.sh"
-[ "$TOY" = 1 ] || DUAL="dual-128-$DETAIL"
+toy || DUAL="dual-128-$DETAIL"
 window="" suffix=""
 if [ "${WINDOW:-5}" != 5 ]; then window="--window-size $WINDOW" suffix="-$WINDOW"; fi
 PRESET_TWO=(--guidance constant --cfg-scale "$CONSTANT")
