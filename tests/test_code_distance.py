@@ -14,7 +14,8 @@ from tokenizer.tokenizer_image import code_distance
 from tokenizer.tokenizer_image.code_distance import replace_codes, replacements
 from tokenizer.tokenizer_image.vq_model import VQModel, load_tokenizer
 from utils.checkpoint import export
-from utils.images import ImageDataset, open_images
+from utils.image_dataset import ImageDataset
+from utils.images import open_images
 
 
 @pytest.fixture

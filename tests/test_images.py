@@ -14,20 +14,10 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import TenCrop
 
 from utils.config import UserError
-from utils.images import (
-    ImageDataset,
-    ImageSource,
-    UnreadableImage,
-    center_crop,
-    flip_crops,
-    image_grid,
-    open_images,
-    random_crop,
-    sample_rng,
-    ten_crops,
-    to_tensor,
-    to_uint8,
-)
+from utils.crops import center_crop, flip_crops, random_crop, sample_rng, ten_crops, to_tensor, to_uint8
+from utils.image_dataset import ImageDataset
+from utils.images import ImageSource, UnreadableImage, open_images
+from utils.pictures import image_grid
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -473,7 +463,7 @@ def test_grid_captions_stand_beside_the_images() -> None:
     pixels = np.full((4, 16, 16, 3), 255, np.uint8)
     plain = image_grid(pixels, 2)
     grid = image_grid(pixels, 2, labels=["cat", "dog", "owl", "a caption much too long for an image this small"],
-                      rows=["input", "output"], columns_titles=["one", "two"])
+                      rows=["input", "output"], titles=["one", "two"])
     assert grid.width > plain.width and grid.height > plain.height and grid.width < 400
     assert (np.array(grid) < 128).any()  # something was written
     rows_only = np.array(image_grid(pixels, 2, rows=["input", "output"]))
@@ -482,7 +472,7 @@ def test_grid_captions_stand_beside_the_images() -> None:
 
 
 @pytest.mark.parametrize("options", [{"columns": 0}, {"columns": 2, "labels": ["x"]}, {"columns": 2, "rows": ["x"]},
-                                     {"columns": 2, "columns_titles": ["x"]}])
+                                     {"columns": 2, "titles": ["x"]}])
 def test_grid_refuses_captions_that_do_not_fit(options: dict[str, object]) -> None:
     """A missing caption would label the wrong image."""
     with pytest.raises(ValueError, match="do not fit"):

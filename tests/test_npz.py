@@ -15,7 +15,8 @@ from PIL import Image
 from tokenizer.validation import val_ddp
 from utils import npz
 from utils.config import UserError
-from utils.images import center_crop, open_images
+from utils.crops import center_crop
+from utils.images import open_images
 from utils.npz import ImageStore, already_finished, array_header, array_keys, open_array
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,7 +17,7 @@ from tests.conftest import call, command
 from utils.checkpoint import export, fingerprint
 from utils.classifier import ClassifierConfig, SmallClassifier, load_classifier
 from utils.config import UserError
-from utils.images import to_tensor
+from utils.crops import to_tensor
 from utils.npz import ImageStore
 
 

@@ -5,72 +5,84 @@ The order of a run does not depend on the number of processes, and a resumed run
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Sampler
 
-from utils.config import UserError
-
-
-class GlobalBatches(Sampler):
-    """Batch sampler: yields this process's micro-batches of every step from `first_step` on, as (epoch, index) pairs.
-
-    size: number of examples; the last incomplete batch of an epoch is dropped.  Raises UserError when there are fewer
-    examples than a global batch holds.
-    """
-
-    def __init__(self, size: int, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int,
-                 seed: int, first_step: int, total_steps: int) -> None:
-        if size < global_batch_size:
-            raise UserError(f"--global-batch-size {global_batch_size} is larger than the {size} training images: "
-                            f"choose at most {size}.")
-        self.size, self.global_batch, self.micro_batch = size, global_batch_size, micro_batch_size
-        self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.first_step, self.total_steps = first_step, total_steps
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Global batches in one pass over the data."""
-        return self.size // self.global_batch
-
-    def __len__(self) -> int:
-        per_step = self.global_batch // self.world_size // self.micro_batch
-        return (self.total_steps - self.first_step) * per_step
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, order = -1, None
-        for step in range(self.first_step, self.total_steps):
-            if step // self.steps_per_epoch != epoch:
-                epoch = step // self.steps_per_epoch
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                order = torch.randperm(self.size, generator=generator)
-            start = step % self.steps_per_epoch * self.global_batch
-            share = order[start + self.rank : start + self.global_batch : self.world_size].tolist()
-            for first in range(0, len(share), self.micro_batch):
-                yield [(epoch, index) for index in share[first : first + self.micro_batch]]
+from utils.config import AboveZero, Count, Positive, UserError
 
 
 @dataclass
-class ImageOptions:
-    """Where images come from and how they are cut."""
+class BatchOptions:
+    """How long to train, and on how many images at once."""
 
-    data_path: Path
-    """Folder with one sub-folder a class, or npz with `images` and `labels`."""
-    image_size: int = 256
-    """Side of the square images in pixels."""
-    num_workers: int = 8
-    """Loader processes for each training process."""
-
-
-def train_loader(dataset: Dataset, batches: GlobalBatches, num_workers: int) -> DataLoader:
-    """Micro-batches of this process in training order."""
-    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=torch.cuda.is_available(),
-                      persistent_workers=num_workers > 0)
+    epochs: AboveZero
+    """Passes over the data, unless --steps is given."""
+    global_batch_size: Positive
+    """Images per step, over all processes and micro-batches."""
+    steps: Count = 0
+    """Optimizer steps; 0: from --epochs."""
+    micro_batch_size: Count = 0
+    """Images a process takes at once; 0: its whole share (no gradient accumulation)."""
 
 
-def share_loader(dataset: Dataset, rows: np.ndarray, batch_size: int, num_workers: int) -> DataLoader:
-    """Batches over the given rows, in order, for work that visits every image once."""
-    batches = [[(0, int(row)) for row in rows[first : first + batch_size]] for first in range(0, len(rows), batch_size)]
-    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=torch.cuda.is_available())
+@dataclass(frozen=True)
+class StepPlan:
+    """How a training is divided into steps, and a step into micro-batches."""
+
+    global_batch: int      # images of a step
+    micro_batch: int       # images a process takes at once
+    accumulation: int      # micro-batches of a process and step
+    steps_per_epoch: int   # the last incomplete batch of an epoch is dropped
+    total_steps: int
+
+
+def split_batch(options: BatchOptions, world_size: int) -> tuple[int, int]:
+    """Divide a global batch: (micro-batch size of one process, accumulation steps).
+
+    Raises UserError when the numbers do not divide.
+    """
+    if options.global_batch_size % world_size:
+        raise UserError(f"--global-batch-size {options.global_batch_size} is not divisible by the {world_size} processes: "
+                        f"choose a multiple of {world_size}.")
+    share = options.global_batch_size // world_size
+    micro = options.micro_batch_size or share
+    if share % micro:
+        raise UserError(f"--micro-batch-size {micro} does not divide the {share} images a process takes of "
+                        f"--global-batch-size {options.global_batch_size}: choose a divisor of {share}.")
+    return micro, share // micro
+
+
+def plan_steps(options: BatchOptions, size: int, world_size: int) -> StepPlan:
+    """Steps over `size` examples; raises UserError when there are fewer than a global batch holds, or it does not divide."""
+    micro, accumulation = split_batch(options, world_size)
+    if size < options.global_batch_size:
+        raise UserError(f"--global-batch-size {options.global_batch_size} is larger than the {size} training images: "
+                        f"choose at most {size}.")
+    steps_per_epoch = size // options.global_batch_size
+    return StepPlan(options.global_batch_size, micro, accumulation, steps_per_epoch,
+                    options.steps or int(options.epochs * steps_per_epoch))
+
+
+class GlobalBatches(Sampler[list[tuple[int, int]]]):
+    """Batch sampler: yields this process's micro-batches of every step from `first_step` on, as (epoch, index) pairs."""
+
+    def __init__(self, size: int, plan: StepPlan, rank: int, seed: int, first_step: int = 0) -> None:
+        """size: number of examples."""
+        self.size, self.plan, self.rank, self.seed, self.first_step = size, plan, rank, seed, first_step
+
+    def __len__(self) -> int:
+        return (self.plan.total_steps - self.first_step) * self.plan.accumulation
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        plan, epoch, order = self.plan, -1, torch.empty(0)
+        world_size = plan.global_batch // (plan.micro_batch * plan.accumulation)
+        for step in range(self.first_step, plan.total_steps):
+            if step // plan.steps_per_epoch != epoch:
+                epoch = step // plan.steps_per_epoch
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                order = torch.randperm(self.size, generator=generator)
+            start = step % plan.steps_per_epoch * plan.global_batch
+            share = order[start + self.rank : start + plan.global_batch : world_size].tolist()
+            for first in range(0, len(share), plan.micro_batch):
+                yield [(epoch, index) for index in share[first : first + plan.micro_batch]]

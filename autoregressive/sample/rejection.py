@@ -21,9 +21,9 @@ from tqdm import tqdm
 from utils.checkpoint import fingerprint
 from utils.classifier import load_classifier
 from utils.config import UserError
+from utils.crops import to_tensor
 from utils.distributed import Processes, all_reduce_sum
 from utils.files import check_exists
-from utils.images import to_tensor
 from utils.npz import ImageStore, open_array
 
 log = logging.getLogger("rejection")

@@ -20,12 +20,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from tokenizer.tokenizer_image.vq_model import VQModel, load_tokenizer
-from utils.batches import ImageOptions
 from utils.code_shards import CodeHeader, CodeWriter
 from utils.config import UserError, parse, run_main
+from utils.crops import center_crop, flip_crops, ten_crops, to_tensor
 from utils.distributed import Processes, setup
 from utils.files import check_writable
-from utils.images import ImageSource, UnreadableImage, center_crop, flip_crops, open_images, ten_crops, to_tensor
+from utils.image_dataset import ImageOptions
+from utils.images import ImageSource, UnreadableImage, open_images
 from utils.run import set_up_logging
 
 log = logging.getLogger("extract_codes")

@@ -21,9 +21,10 @@ from tqdm import tqdm
 from utils.checkpoint import export
 from utils.classifier import ClassifierConfig, SmallClassifier
 from utils.config import parse, run_main
+from utils.crops import center_crop, to_tensor
 from utils.distributed import Processes, setup
 from utils.files import check_writable
-from utils.images import ImageSource, UnreadableImage, center_crop, open_images, to_tensor
+from utils.images import ImageSource, UnreadableImage, open_images
 from utils.run import set_up_logging
 
 log = logging.getLogger("classifier")

@@ -18,9 +18,10 @@ from evaluations.c2i.classifier import load_all
 from evaluations.c2i.metrics import feature_statistics, frechet_distance
 from utils.classifier import SmallClassifier, load_classifier
 from utils.config import UserError, parse, run_main
+from utils.crops import to_tensor
 from utils.distributed import setup
 from utils.files import check_exists, check_writable, write_json
-from utils.images import open_images, to_tensor
+from utils.images import open_images
 
 
 @dataclass

@@ -32,11 +32,13 @@ from tokenizer.tokenizer_image.evaluate import reconstruct
 from tokenizer.tokenizer_image.perceptual import PerceptualNet, build_perceptual
 from tokenizer.tokenizer_image.quantizer import Streams
 from tokenizer.tokenizer_image.vq_model import VQModel, load_tokenizer
-from utils.batches import ImageOptions
 from utils.config import UserError, parse, run_main
+from utils.crops import to_uint8
 from utils.distributed import setup
 from utils.files import check_writable, write_json
-from utils.images import ImageDataset, image_grid, open_images, to_uint8
+from utils.image_dataset import ImageDataset, ImageOptions
+from utils.images import open_images
+from utils.pictures import image_grid
 from utils.run import set_up_logging
 
 log = logging.getLogger("code_distance")
@@ -174,7 +176,7 @@ def draw_images(config: CodeDistanceConfig, tokenizer: VQModel, streams: Streams
     columns = [images] + [decode(tokenizer, replace_codes(codes, config.stream, line)) for line in replaced.codes]
     pixels = to_uint8(torch.stack(columns, 1).flatten(0, 1)).cpu().numpy()              # [N (1 + P), H, W, 3]
     return image_grid(pixels, len(columns), scale=max(1, 64 // config.data.image_size),
-                      columns_titles=["source", *(f"{distance:.2f}" for distance in distances)])
+                      titles=["source", *(f"{distance:.2f}" for distance in distances)])
 
 
 def open_tokenizer(config: CodeDistanceConfig, device: torch.device) -> tuple[VQModel, Streams]:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from tokenizer.tokenizer_image.codebook import CodeUsage
 from tokenizer.tokenizer_image.quantizer import Streams
 from tokenizer.tokenizer_image.vq_model import VQModel
-from utils.batches import share_loader
+from utils.crops import to_uint8
 from utils.distributed import Processes, all_reduce_sum
-from utils.images import ImageDataset, image_grid, to_uint8
+from utils.image_dataset import ImageDataset, share_loader
+from utils.pictures import image_grid
 
 
 def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:

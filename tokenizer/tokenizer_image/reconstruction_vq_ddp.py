@@ -22,11 +22,12 @@ from tokenizer.tokenizer_image.evaluate import psnr, reconstruct, reconstruction
 from tokenizer.tokenizer_image.perceptual import PerceptualNet, build_perceptual
 from tokenizer.tokenizer_image.quantizer import Streams
 from tokenizer.tokenizer_image.vq_model import VQModel, load_tokenizer
-from utils.batches import ImageOptions
 from utils.config import UserError, parse, run_main
+from utils.crops import to_uint8
 from utils.distributed import Processes, all_reduce_sum, setup
 from utils.files import check_writable, write_json
-from utils.images import ImageDataset, open_images, to_uint8
+from utils.image_dataset import ImageDataset, ImageOptions
+from utils.images import open_images
 from utils.npz import ImageStore
 from utils.run import set_up_logging
 

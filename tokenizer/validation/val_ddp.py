@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from utils.config import UserError, parse, run_main
+from utils.crops import center_crop
 from utils.distributed import setup
-from utils.images import ImageSource, UnreadableImage, center_crop, open_images
+from utils.images import ImageSource, UnreadableImage, open_images
 from utils.npz import ImageStore, already_finished
 
 log = logging.getLogger("val")

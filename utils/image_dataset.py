@@ -1,0 +1,161 @@
+"""Images for a DataLoader: augmented for training, or cropped once in the order of their rows.
+
+An image that cannot be read never ends a run and is never passed over in silence: it is logged by name and counted.  An
+augmentation depends on (seed, epoch, index) alone, so a resumed run, or one with another number of workers or
+processes, sees the same pixels.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from utils.batches import GlobalBatches
+from utils.config import Count, Positive, UserError
+from utils.crops import center_crop, random_crop, sample_rng, to_tensor
+from utils.images import ImageSource, UnreadableImage
+
+log = logging.getLogger("images")
+
+Augment = Literal["none", "center", "train"]
+
+_MAX_UNREADABLE = 100  # in a row: past this the folder is at fault, not an image
+
+
+@dataclass
+class ImageOptions:
+    """Where images come from and how they are cut."""
+
+    data_path: Path
+    """Folder with one sub-folder a class, or npz with `images` and `labels`."""
+    image_size: Positive = 256
+    """Side of the square images in pixels."""
+    num_workers: Count = 8
+    """Loader processes for each training process."""
+
+
+class ImageDataset(Dataset[tuple[Tensor, int, int]]):
+    """Cropped images with labels, for a DataLoader whose sampler yields (epoch, index), or index alone for epoch 0.
+
+    source: the images; size: pixels; augment: "none" (images must be size x size already), "center" (centre crop) or
+    "train" (with `random_crop` a random crop, otherwise the centre crop; with `random_flip` mirrored half the time);
+    min_fraction, max_fraction: as in `random_crop`.  An unreadable image is logged, counted and replaced by the next
+    readable one.
+    Raises UserError if augment is "none" and the first readable image has another size.
+    """
+
+    def __init__(self, source: ImageSource, size: int, augment: Augment = "center", seed: int = 0, *,
+                 random_crop: bool = True, random_flip: bool = True, min_fraction: float = 0.8,
+                 max_fraction: float = 1.0) -> None:
+        if augment not in ("none", "center", "train"):
+            raise ValueError(f"augment is {augment!r}, not none, center or train")
+        if not 0 < min_fraction <= max_fraction <= 1:
+            raise ValueError(f"fractions {min_fraction} and {max_fraction} are not ascending in (0, 1]")
+        self.source, self.size, self.augment, self.seed = source, size, augment, seed
+        self.random_crop, self.random_flip = random_crop, random_flip
+        self.fractions = (min_fraction, max_fraction)
+        # One byte an image in shared memory: workers agree on which images were counted without a lock.
+        self._unreadable = torch.zeros(len(source), dtype=torch.uint8).share_memory_()  # [N]
+        if augment == "none":
+            self._check_size(*self._load(0))
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, item: tuple[int, int] | int) -> tuple[Tensor, int, int]:
+        """Image float32 [3, size, size] in [-1, 1], its label, its index (another than asked for if replaced).
+
+        Raises UserError if 100 images in a row are unreadable.
+        """
+        epoch, index = item if isinstance(item, (tuple, list)) else (0, item)
+        image, found = self._load(int(index))
+        # keyed by the index asked for: the stand-in for an unreadable image then is not cropped as in its own turn
+        return to_tensor(self._crop(image, found, int(epoch), int(index))), int(self.source.labels[found]), found
+
+    @property
+    def skipped(self) -> int:
+        """Number of different images that this process and its workers found unreadable."""
+        return int(self._unreadable.sum())
+
+    def report_skipped(self) -> None:
+        """Log how many images were unreadable; nothing if all could be read."""
+        if skipped := self.skipped:
+            log.warning("%s %s: %d of %d images were unreadable and replaced by others", self.source.option,
+                           self.source.path, skipped, len(self))
+
+    def _load(self, index: int) -> tuple[np.ndarray, int]:
+        """The first readable image at or after `index`, and where it was found."""
+        tries = min(_MAX_UNREADABLE, len(self))
+        for found in ((index + offset) % len(self) for offset in range(tries)):
+            try:
+                return self.source.load(found), found
+            except UnreadableImage as error:
+                if not self._unreadable[found]:
+                    self._unreadable[found] = 1
+                    log.warning("unreadable image replaced by the next: %s", error)
+        raise UserError(f"{self.source.option} {self.source.path} has {tries} unreadable images in a row, the last "
+                        f"{self.source.name(found)}: check that its images are whole and can be read.")
+
+    def _crop(self, image: np.ndarray, found: int, epoch: int, index: int) -> np.ndarray:
+        """uint8 [H, W, 3] -> uint8 [size, size, 3]"""
+        if self.augment == "none":
+            self._check_size(image, found)
+            return image
+        if self.augment == "center":
+            return center_crop(image, self.size)
+        rng = sample_rng(self.seed, epoch, index)
+        flip = rng.random() < 0.5  # drawn first and always: switching the crop off leaves the flips as they were
+        image = random_crop(image, self.size, rng, *self.fractions) if self.random_crop else center_crop(image, self.size)
+        return image[:, ::-1] if flip and self.random_flip else image
+
+    def _check_size(self, image: np.ndarray, found: int) -> None:
+        if image.shape[:2] != (self.size, self.size):
+            raise UserError(f"{self.source.name(found)} is {image.shape[1]}x{image.shape[0]} pixels, not "
+                            f"{self.size}x{self.size}: change --image-size or let images be centre-cropped.")
+
+
+class CropDataset(Dataset[tuple[int, Tensor | None]]):
+    """Rows of a source with their crops: (row, uint8 tensor), or (row, None) for an image that cannot be read.
+
+    rows: int [n]; crop: a function of an image, uint8 [H, W, 3], to one or several crops in one array.
+    """
+
+    def __init__(self, source: ImageSource, rows: np.ndarray, crop: Callable[[np.ndarray], np.ndarray]) -> None:
+        self.source, self.rows, self.crop = source, rows, crop
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, item: int) -> tuple[int, Tensor | None]:
+        row = int(self.rows[item])
+        try:
+            image = self.source.load(row)
+        except UnreadableImage as error:
+            log.warning("unreadable image left out: %s", error)
+            return row, None
+        return row, torch.from_numpy(np.ascontiguousarray(self.crop(image)))
+
+
+def collate_crops(items: list[tuple[int, Tensor | None]]) -> tuple[np.ndarray, Tensor | None, np.ndarray]:
+    """Items of a CropDataset -> (readable rows [n], their crops [n, ...] or None if n is 0, unreadable rows)."""
+    rows = [row for row, crops in items if crops is not None]
+    stacked = torch.stack([crops for _, crops in items if crops is not None]) if rows else None
+    return np.array(rows, np.int64), stacked, np.array([row for row, crops in items if crops is None], np.int64)
+
+
+def train_loader(dataset: Dataset, batches: GlobalBatches, num_workers: int) -> DataLoader:
+    """Micro-batches of this process in training order."""
+    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=torch.cuda.is_available(),
+                      persistent_workers=num_workers > 0)
+
+
+def share_loader(dataset: Dataset, rows: np.ndarray, batch_size: int, num_workers: int) -> DataLoader:
+    """Batches over the given rows, in order, for work that visits every image once."""
+    batches = [[(0, int(row)) for row in rows[first : first + batch_size]] for first in range(0, len(rows), batch_size)]
+    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=torch.cuda.is_available())
