@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# CIFAR-10 (not bundled) through the whole pipeline with real VGG16 LPIPS: the README's CIFAR-10 figures.
-#   bash scripts/cifar10.sh TRAIN.npz TEST.npz VGG16.pth      npz: images (N, 32, 32, 3), labels; VGG16: torchvision's file
+# CIFAR-10 (not bundled) through the whole pipeline with real VGG16 LPIPS: the figures in tokenizer/README.md.
+#   bash scripts/cifar10.sh TRAIN.npz TEST.npz VGG16.pth      npz: images [N, 32, 32, 3], labels; VGG16: torchvision's file
 # OUT=runs/cifar10; SCALE=1 multiplies the step counts; raise it on a GPU.  Trainings resume; finished npz files are kept.
 source "$(dirname "$0")/setup.sh"
 if [ $# -ne 3 ]; then
