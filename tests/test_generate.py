@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from autoregressive.models.generate import (
-    GUIDANCE,
     Sampler,
     SamplingOptions,
     cfg_ranges,
@@ -18,6 +17,8 @@ from autoregressive.models.generate import (
     generate,
     pick_codes,
 )
+from autoregressive.models.guidance import GUIDANCE
+from autoregressive.sample.pipeline import check_sampling
 from tests.conftest import TINY_GPT, random_codes
 from tests.test_gpt import released_gpt
 from utils.config import UserError
@@ -52,9 +53,8 @@ def test_scale_one_is_the_conditional_model(gpt, guidance):
     """At scale 1 the unconditional branch cancels, whatever the schedule."""
     plain = draw(gpt, replace(OPTIONS, guidance=guidance, cfg_scale=(1.0,)))
     sampler = Sampler(gpt, replace(OPTIONS, guidance=guidance, cfg_scale=(1.0,)), torch.rand(2, 2, 16))
-    sampler.begin(3, torch.rand(4))
     conditional, unconditional = torch.randn(2, 2, 8)
-    torch.testing.assert_close(sampler.guide(conditional, unconditional, 0), conditional)
+    torch.testing.assert_close(sampler.guide(conditional, unconditional, 0, 3, torch.rand(4)), conditional)
     assert torch.equal(plain, draw(gpt, replace(OPTIONS, guidance="progressive", cfg_scale=(1.0, 1.0))))
 
 
@@ -76,10 +76,9 @@ def test_equation_18_as_printed(gpt):
     """s_i = (start + (end - start) i / M) a_i, equations 16 to 18."""
     sampler = Sampler(gpt, SamplingOptions(guidance="equation18", cfg_scale=(2.0, 4.0)), torch.rand(2, 2, 16))
     attention = torch.tensor([0.25, 0.5, 0.9, 0.9])
-    sampler.begin(4, attention)
     conditional, unconditional = torch.randn(2, 2, 8)
     scale = (2.0 + 2.0 * 4 / 16) * attention[:2, None]
-    torch.testing.assert_close(sampler.guide(conditional, unconditional, 1),
+    torch.testing.assert_close(sampler.guide(conditional, unconditional, 1, 4, attention),
                                unconditional + scale * (conditional - unconditional))
 
 
@@ -88,8 +87,8 @@ def test_cfg_interval_stops_guidance(gpt):
     sampler = Sampler(gpt, replace(OPTIONS, cfg_interval=2), torch.rand(2, 2, 16))
     conditional, unconditional = torch.randn(2, 2, 8)
     for step, guided in [(0, True), (3, True), (4, False)]:
-        sampler.begin(step, torch.rand(4))
-        assert torch.equal(sampler.guide(conditional, unconditional, 0), conditional) != guided
+        mixed = sampler.guide(conditional, unconditional, 0, step, torch.rand(4))
+        assert torch.equal(mixed, conditional) != guided
 
 
 def test_attention_and_guided_logits_equal_the_released_decoder():
@@ -103,8 +102,8 @@ def test_attention_and_guided_logits_equal_the_released_decoder():
     rows = torch.cat([labels, torch.full_like(labels, 10)])
     cache, state, x = gpt.new_cache(6, record_condition=True), gpt.paradigm.new_state(6), gpt.class_token(rows)
 
-    def pick(logits, stream):
-        guided = sampler.guide(*logits.chunk(2), stream)
+    def pick(logits, stream, cell):
+        guided = sampler.guide(*logits.chunk(2), stream, step, cache.condition_weight)
         np.testing.assert_allclose(guided, golden[f"guided_logits_{stream + 1}"][:, step], atol=2e-4)
         return codes[:, stream, step].repeat(2)
 
@@ -113,7 +112,6 @@ def test_attention_and_guided_logits_equal_the_released_decoder():
             hidden = gpt.step(x, cache, step)
             np.testing.assert_allclose(hidden, golden["hidden"][:, step], atol=1e-4)
             np.testing.assert_allclose(cache.condition_weight[:3], golden["attn_record"][step], atol=1e-5)
-            sampler.begin(step, cache.condition_weight)
             x = gpt.paradigm.decode(hidden, state, pick)
 
 
@@ -161,9 +159,18 @@ def test_per_stream_options_reach_their_stream(gpt):
     ((1.5, 3.0), "constant", "takes one value"), ((), "attention", "no range is published"),
 ])
 def test_impossible_ranges_are_refused(gpt, scale, guidance, sentence):
-    """A wrong range must stop before any image is drawn."""
-    with pytest.raises(UserError, match=sentence):
-        cfg_ranges(SamplingOptions(guidance=guidance, cfg_scale=scale), gpt)
+    """A wrong range must stop before any image is drawn; the command line names the flag, Python the field."""
+    options = SamplingOptions(guidance=guidance, cfg_scale=scale)
+    with pytest.raises(ValueError, match=f"^cfg_scale .*{sentence}"):
+        cfg_ranges(options, gpt)
+    with pytest.raises(UserError, match=f"^--cfg-scale .*{sentence}"):
+        check_sampling(options, gpt)
+
+
+def test_labels_the_model_does_not_know_are_refused(gpt):
+    """In Python too: an index error from an embedding says nothing."""
+    with pytest.raises(ValueError, match="labels go from 0 to 3 .* classes 0 to 2"):
+        generate(gpt, torch.tensor([0, 3]), OPTIONS, draw_uniforms(0, np.arange(2), 2, 16))
 
 
 def test_caches_are_allocated_once(gpt, monkeypatch):

@@ -17,12 +17,10 @@ from tests.conftest import GOLDEN, TINY_GPT, arrays, imported_gpt, random_codes,
 def teacher_forced_decode(gpt: GPT, labels: torch.Tensor, codes: torch.Tensor) -> list[torch.Tensor]:
     """Logits of incremental decoding whose choices are the given codes: C tensors [B, N, K_c]."""
     seen: list[list[torch.Tensor]] = [[] for _ in gpt.config.codebook_sizes]
-    drawn = [0] * len(seen)
 
-    def pick(logits: torch.Tensor, stream: int) -> torch.Tensor:
+    def pick(logits: torch.Tensor, stream: int, cell: int) -> torch.Tensor:
         seen[stream].append(logits)
-        drawn[stream] += 1
-        return codes[:, stream, drawn[stream] - 1]
+        return codes[:, stream, cell]
 
     cache, state, x = gpt.new_cache(len(labels)), gpt.paradigm.new_state(len(labels)), gpt.class_token(labels)
     with torch.no_grad():

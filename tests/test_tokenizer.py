@@ -16,7 +16,8 @@ from tokenizer.tokenizer_image.codebook import (
 )
 from tokenizer.tokenizer_image.discriminator import PatchGAN
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel, build_tokenizer
-from tokenizer.tokenizer_image.vq_train import VQTrainConfig, autoencoder_loss
+from tokenizer.tokenizer_image.vq_options import VQTrainConfig
+from tokenizer.tokenizer_image.vq_train import autoencoder_loss
 from utils.config import parse
 from utils.distributed import Processes
 
@@ -118,7 +119,7 @@ def test_interleaved_step_adds_stage_one_to_the_joint_loss():
 def test_typed_loss_weights_win_over_the_recipe():
     """LlamaGen's users turn these knobs; an untouched one stays the recipe's."""
     options = stage_options("dual", "paper", "--perceptual-weight", "0.3", "--disc-weight", "0")
-    assert (options.pixel_weight, options.perceptual_weight, options.disc_weight) == (1.0, 0.3, 0.0)
+    assert (options.loss.pixel_weight, options.loss.perceptual_weight, options.loss.disc_weight) == (1.0, 0.3, 0.0)
     torch.manual_seed(0)
     model, images = VQModel(TINY_VQ).eval(), torch.rand(2, 3, 32, 32) * 2 - 1
     loss = vq_loss.TokenizerLoss(PixelDistance(), PatchGAN(8, 2), discriminator_start=0)

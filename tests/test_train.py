@@ -13,16 +13,16 @@ import pytest
 import torch
 
 from autoregressive.models.gpt import load_gpt
-from autoregressive.models.losses import ObjectiveOptions
 from autoregressive.train import evaluate_c2i, extract_codes_c2i, train_c2i
-from autoregressive.train.train_c2i import RECIPES, GPTOptions, TrainConfig, learning_rate, recipe
+from autoregressive.train.options import RECIPES, GPTOptions, TrainConfig, gpt_config, recipe
 from tests.conftest import REPOSITORY, TINY_VQ, call, command, export_models, losses
 from tokenizer.tokenizer_image.vq_model import load_tokenizer
-from utils.batches import GlobalBatches
+from tokenizer.tokenizer_image.vq_options import VQTrainConfig
+from tokenizer.tokenizer_image.vq_options import recipe as vq_recipe
+from utils.batches import BatchOptions, GlobalBatches, plan_steps
 from utils.code_shards import CodeDataset, CodeHeader, CodeWriter, read_header
-from utils.config import UserError, parse
-from utils.distributed import clip_gradients
-from utils.run import RunOptions
+from utils.config import UserError, check_options, parse
+from utils.optim import OptimOptions, clip_gradients, learning_rate
 
 TRAIN = "autoregressive/train/train_c2i.py"
 VQ_TRAIN = "tokenizer/tokenizer_image/vq_train.py"
@@ -122,7 +122,7 @@ def test_gradient_accumulation_does_not_change_the_run(codes, tmp_path, referenc
 def test_a_run_starts_from_given_weights(codes, tmp_path, reference, capsys):
     """Fine-tuning: with a learning rate of zero the start is what comes out; another shape is refused."""
     command(TRAIN, *gpt_options(codes, tmp_path / "first", steps=3, data_parallel="none"))
-    options = gpt_options(codes, tmp_path / "run", steps=2, data_parallel="none", lr=0.0, init_from=tmp_path / "first")
+    options = gpt_options(codes, tmp_path / "run", steps=2, data_parallel="none", lr=0, init_from=tmp_path / "first")
     call(train_c2i.main, *options)
     for start, end in zip(load_gpt(tmp_path / "first").parameters(), load_gpt(tmp_path / "run").parameters(), strict=True):
         assert torch.equal(start, end)
@@ -171,28 +171,38 @@ def test_recipes_are_table_11_and_typed_flags_win():
     """--gpt-model alone selects the row; a typed flag wins over the recipe, the recipe over a default."""
     required = ["--run-dir", "r", "--code-path", "c"]
     config = parse(TrainConfig, recipe, [*required, "--gpt-model", "GPT-XXL", "--image-size", "384"])
-    assert (config.global_batch_size, config.lr, config.lr_end, config.lr_schedule, config.epochs,
-            config.objective.semantic_weight, config.data_parallel) == (512, 3e-4, 1e-4, "cosine", 300, 1.5, "fsdp")
+    assert (config.batch.global_batch_size, config.optim.lr, config.optim.lr_end, config.optim.lr_schedule, config.batch.epochs,
+            config.objective.semantic_weight, config.parallel.data_parallel) == (512, 3e-4, 1e-4, "cosine", 300, 1.5, "fsdp")
     typed = parse(TrainConfig, recipe, [*required, "--gpt-model", "GPT-XXL", "--lr", "7e-4"])
-    assert typed.lr == 7e-4 and typed.lr_end == 5e-5 and typed.epochs == 50
+    assert typed.optim.lr == 7e-4 and typed.optim.lr_end == 5e-5 and typed.batch.epochs == 50
     llamagen = parse(TrainConfig, recipe, [*required, "--gpt-model", "GPT-XL", "--codebook-sizes", "16384"])
-    assert (llamagen.lr, llamagen.lr_schedule, llamagen.epochs) == (1e-4, "constant", 50) and len(RECIPES) == 16
+    assert (llamagen.optim.lr, llamagen.optim.lr_schedule, llamagen.batch.epochs) == (1e-4, "constant", 50)
+    assert len(RECIPES) == 16 and llamagen.optim.weight_decay == 0.05
+
+
+def test_a_typed_end_of_the_learning_rate_means_cosine_decay_in_both_trainers():
+    """One option, one meaning: a typed --lr-end is reached, unless another schedule is typed."""
+    gpt = ["--code-path", "c", "--gpt-model", "GPT-tiny", "--image-size", "32"]
+    for trainer, defaults, required in ((TrainConfig, recipe, gpt), (VQTrainConfig, vq_recipe, ["--data-path", "d"])):
+        for typed, schedule in (([], "constant"), (["--lr-end", "1e-5"], "cosine"),
+                                (["--lr-end", "1e-5", "--lr-schedule", "constant"], "constant")):
+            assert parse(trainer, defaults, [*required, *typed]).optim.lr_schedule == schedule
 
 
 def test_learning_rate_schedules():
     """Warm-up, then the constant or the cosine of table 11, ending at --lr-end."""
-    config = TrainConfig(RunOptions(Path("r")), GPTOptions(), Path("c"), ObjectiveOptions(), lr=1.0, lr_end=0.1, warmup_steps=4,
-                         lr_schedule="cosine")
-    assert learning_rate(config, 0, 100) == 0.25 and learning_rate(config, 4, 100) == 1.0
-    assert learning_rate(config, 100, 100) == pytest.approx(0.1)
-    config.lr_schedule = "constant"
-    assert learning_rate(config, 99, 100) == 1.0
+    options = OptimOptions(lr=1.0, lr_end=0.1, warmup_steps=4, lr_schedule="cosine")
+    assert learning_rate(options, 0, 100) == 0.25 and learning_rate(options, 4, 100) == 1.0
+    assert learning_rate(options, 100, 100) == pytest.approx(0.1)
+    options.lr_schedule = "constant"
+    assert learning_rate(options, 99, 100) == 1.0
 
 
 def test_batches_do_not_depend_on_the_number_of_processes():
     """Two ranks together take exactly what one takes, every epoch visits every example once, resume continues."""
     def take(rank, world, first=0):
-        return [sorted(batch) for batch in GlobalBatches(20, 6, 6 // world, rank, world, 1, first, 6)]
+        plan = plan_steps(BatchOptions(epochs=2, global_batch_size=6), 20, world)
+        return [sorted(batch) for batch in GlobalBatches(20, plan, rank, 1, first)]
 
     alone, pair = take(0, 1), list(zip(take(0, 2), take(1, 2)))
     assert alone == [sorted(a + b) for a, b in pair]
@@ -349,10 +359,11 @@ def test_sampling_in_two_processes_equals_one_and_survives_a_crash(models, tmp_p
 
 def test_config_errors_are_user_errors(codes, tmp_path):
     """Options that fit no model are refused before anything is built."""
-    with pytest.raises(UserError, match="must be odd"):
-        train_c2i.gpt_config(GPTOptions(window_size=4), (256, 4096))
-    with pytest.raises(UserError, match="unknown"):
-        train_c2i.gpt_config(GPTOptions(gpt_model="GPT-Q"), (256, 4096))
+    for options, words in ((GPTOptions(window_size=4), "--window-size 4 .* odd"), (GPTOptions(gpt_model="GPT-Q"), "GPT-XXL")):
+        with pytest.raises(UserError, match=words):
+            check_options(options)
+    with pytest.raises(UserError, match="--image-size 250 is not a multiple of 16"):
+        gpt_config(GPTOptions(image_size=250), (256, 4096))
 
 
 def test_revival_counts_survive_a_checkpoint_of_two_processes(stage_one, tmp_path):

@@ -14,6 +14,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,28 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from utils.config import UserError
+from utils.config import UserError, flatten
 from utils.distributed import Processes, full_tensor
+from utils.files import replacing, write_json
 
 log = logging.getLogger("checkpoint")
 
-FIXED_OPTIONS = ("seed", "global_batch_size", "ema_decay", "recipe", "lr_schedule", "weight_decay", "semantic_weight",
-                 "cluster_weight", "cluster_size", "pixel_weight", "perceptual_weight", "disc_weight")
-"""A run that changed these half-way would be no run of its options."""
+@dataclass(frozen=True)
+class RunRecord:
+    """What a checkpoint says about its run, beside its tensors."""
+
+    kind: str                         # of the exported file: "gpt" or "tokenizer"
+    model: dict[str, Any]             # what must be the same on resume
+    defaults: dict[str, Any]          # of those fields; a checkpoint from before a field was added had its default
+    options: dict[str, Any]           # resolved options of the command
+    fixed: tuple[str, ...]            # names of the options that must not change on resume
+    export: dict[str, Any] = field(default_factory=dict)  # what the exported file will say, where that is known
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], config: dict, processes: Processes, keep: int = 2) -> Path:
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], record: RunRecord, processes: Processes,
+                    keep: int = 2) -> Path:
     """Write `state` (nested dicts of tensors, possibly sharded, and plain values) as the checkpoint of `step`.
 
     The newest `keep` checkpoints stay.  Returns the checkpoint's folder.
@@ -49,7 +60,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], config: dict
     with warnings.catch_warnings(action="ignore", category=UserWarning):
         dcp.save(state, checkpoint_id=aside, no_dist=processes.world_size == 1)
     if processes.is_main:
-        (aside / "config.json").write_text(json.dumps(config, indent=1))
+        write_json(aside / "config.json", asdict(record))
         shutil.rmtree(target, ignore_errors=True)
         os.replace(aside, target)
         for old in sorted(folder.glob("step-*"))[:-keep]:
@@ -64,19 +75,17 @@ def latest_checkpoint(folder: Path) -> tuple[Path, int] | None:
     return (found[-1], int(found[-1].name[5:])) if found else None
 
 
-def load_checkpoint(path: Path, state: dict[str, Any], config: dict, processes: Processes) -> dict[str, Any]:
+def load_checkpoint(path: Path, state: dict[str, Any], record: RunRecord, processes: Processes) -> dict[str, Any]:
     """Fill `state` (same structure as saved) from a checkpoint and return it.
 
-    Raises UserError when the checkpoint's model configuration is not the present one, naming the first difference.
+    Raises UserError, naming the first difference, when the checkpoint is of another model or of other fixed options.
     """
     saved = json.loads((path / "config.json").read_text())
-    remedy = "choose another --run-dir or the options it was started with"
-    # A field that came after the checkpoint was written had its default then.
-    require_equal(config["defaults"] | saved["model"], config["model"], f"checkpoint {path}", "this run's options", remedy)
-    before, now = flatten(saved["options"]), flatten(config["options"])
-    # As above: an option that is new since then had no other value.
-    fixed = [{name: options.get(name, now.get(name)) for name in FIXED_OPTIONS} for options in (before, now)]
-    require_equal(*fixed, f"checkpoint {path}", "this run's options", remedy)
+    require_equal(path, record.defaults | saved["model"], record.model)
+    before, now = flatten(saved["options"]), flatten(record.options)
+    # An option that was added after the checkpoint was written cannot differ.
+    require_equal(path, {name: before.get(name, now[name]) for name in record.fixed},
+                  {name: now[name] for name in record.fixed})
     for name in sorted(set(before) & set(now)):
         if before[name] != now[name]:
             log.warning("resuming with %s %s, which was %s before", name, now[name], before[name])
@@ -85,17 +94,12 @@ def load_checkpoint(path: Path, state: dict[str, Any], config: dict, processes: 
     return state
 
 
-def flatten(options: dict) -> dict:
-    """Options of nested dataclasses by their flag's name."""
-    return {key: value for name, inner in options.items()
-            for key, value in (inner.items() if isinstance(inner, dict) else [(name, inner)])}
-
-
-def require_equal(seen: dict, expected: dict, what: str, against: str, remedy: str) -> None:
-    """Raise UserError naming the first key in which two configurations differ, with both values."""
+def require_equal(path: Path, seen: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raise UserError naming the first key in which a checkpoint differs from this run, with both values."""
     for key in sorted(set(seen) | set(expected)):
         if seen.get(key) != expected.get(key):
-            raise UserError(f"{what} has {key} {seen.get(key)} but {against} say {expected.get(key)}: {remedy}.")
+            raise UserError(f"checkpoint {path} has {key} {seen.get(key)} but this run's options say {expected.get(key)}: "
+                            "choose another --run-dir or the options it was started with.")
 
 
 def export(path: Path, kind: str, tensors: dict[str, Tensor], config: dict, processes: Processes | None = None) -> None:
@@ -110,19 +114,19 @@ def export(path: Path, kind: str, tensors: dict[str, Tensor], config: dict, proc
             whole[name] = gathered.cpu().contiguous()
     if is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".writing-{path.name}")
-        save_file(whole, aside, metadata={"kind": kind, "config": json.dumps(config)})
-        umask = os.umask(0)
-        os.umask(umask)
-        aside.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
-        os.replace(aside, path)
+        with replacing(path) as aside:
+            save_file(whole, aside, metadata={"kind": kind, "config": json.dumps(config)})
+            umask = os.umask(0)
+            os.umask(umask)
+            aside.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
 
 
 def read_export(path: str | Path, kind: str, option: str, tensors: bool = True) -> tuple[dict, dict[str, Tensor]]:
     """Read (configuration, tensors) of an exported file; a run folder stands for the file in it.
 
-    A training checkpoint `step-*` of a GPT serves too, averaged weights first.  tensors: False reads the configuration
-    alone.  Raises UserError naming `option` when the file is missing, damaged, or of another kind.
+    A training checkpoint `step-*` serves too where it knows its configuration; averaged weights come first.  tensors:
+    False reads the configuration alone.  Raises UserError naming `option` when the file is missing, damaged, or of another
+    kind.
     """
     path = Path(path)
     if (path / "config.json").is_file() and (path / ".metadata").is_file():
@@ -151,16 +155,17 @@ def exported_step(path: Path, kind: str) -> int:
 
 
 def read_checkpoint(path: Path, kind: str, option: str, tensors: bool) -> tuple[dict, dict[str, Tensor]]:
-    """(configuration, weights) of a GPT's training checkpoint; raises UserError when it is of another kind."""
+    """(configuration, weights) of a training checkpoint; raises UserError when it is of another kind."""
     saved = json.loads((path / "config.json").read_text())
-    if kind != "gpt" or "export" not in saved:
+    if not saved.get("export") or saved.get("kind", kind) != kind:
         raise UserError(f"{option} {path} is a training checkpoint, not a {kind}: give the {kind}.safetensors of its run.")
     if not tensors:
         return saved["export"], {}
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     part = "ema" if any(name.startswith("ema.") for name in stored) else "model"
     shapes = {name.removeprefix(f"{part}."): entry for name, entry in stored.items() if name.startswith(f"{part}.")}
-    weights = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in shapes.items()}
+    weights = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in shapes.items()
+               if isinstance(entry, TensorStorageMetadata)}
     with warnings.catch_warnings(action="ignore", category=UserWarning):
         dcp.load({part: weights}, checkpoint_id=path, no_dist=True)
     return saved["export"], weights
@@ -183,16 +188,6 @@ def require_tensors(model: nn.Module, tensors: dict[str, Tensor], what: str, rem
         if tensor.shape != expected[name].shape:
             raise UserError(f"{what} has {called(name)} of shape {tuple(tensor.shape)} but the model needs "
                             f"{tuple(expected[name].shape)}: it is of another size, {remedy}.")
-
-
-def initialise_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Create Adam's zero moments now instead of at the first step, so that a checkpoint can be loaded into them."""
-    for group in optimizer.param_groups:
-        on_device = group.get("fused") or group.get("capturable")
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device if on_device else "cpu"),
-                "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:

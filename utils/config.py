@@ -30,12 +30,14 @@ class Values(PrimitiveConstructorSpec[Any]):
     kind: int, float or str; metavar: how --help shows them; text: what to give, in words; allows: whether a value is one.
     """
 
+    text: str
+    allows: Callable[[Any], bool]
+
     def __init__(self, kind: type, metavar: str, text: str, allows: Callable[[Any], bool]) -> None:
         super().__init__(nargs=1, metavar=metavar, instance_from_str=lambda words: kind(words[0]),
                          is_instance=lambda value: isinstance(value, (kind, int) if kind is float else kind),
                          str_from_instance=lambda value: [str(value)])
-        object.__setattr__(self, "text", text)
-        object.__setattr__(self, "allows", allows)
+        vars(self).update(text=text, allows=allows)  # the base class is frozen
 
 
 def interval(kind: type, low: float, high: float = math.inf, open_low: bool = False, open_high: bool = False) -> Values:
@@ -96,11 +98,16 @@ def parse(config: type[T], recipe: Callable[[T], dict[str, Any]] | None = None, 
 
 
 def check_options(options: Any) -> None:
-    """Raise UserError naming the first option, nested ones too, whose value is not among those it declares."""
+    """Raise UserError naming the first option, nested ones too, whose value is not among those it declares.
+
+    A list of values may be empty only where its default is.
+    """
     for name, hint in get_type_hints(type(options), include_extras=True).items():
         value = getattr(options, name)
         if dataclasses.is_dataclass(value):
             check_options(value)
+        elif value == () and getattr(type(options), name, ()):
+            raise UserError(f"{flag(name)} is empty: give at least one value.")
         elif value is not None and (declared := declared_values(hint)):
             for each in value if isinstance(value, tuple) else (value,):
                 if not declared.allows(each):

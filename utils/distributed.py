@@ -8,23 +8,20 @@ before one backward pass and leaves some parameters without gradient, which DDP'
 whole graph at every step.
 """
 
-import math
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.config import UserError
-
-DataParallel = Literal["none", "ddp", "fsdp", "hsdp"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ def shard_group(shard_size: int) -> int:
     return shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def parallelize(model: nn.Module, blocks: list[nn.Module], mode: DataParallel, processes: Processes,
+def parallelize(model: nn.Module, blocks: list[nn.Module], mode: str, processes: Processes,
                 bf16: bool, shard_size: int = 0) -> nn.Module:
     """Wrap `model` for data-parallel training.
 
@@ -105,22 +102,23 @@ def parallelize(model: nn.Module, blocks: list[nn.Module], mode: DataParallel, p
             raise UserError(f"--shard-size {shard_size} does not divide the {world_size} processes: choose a divisor.")
         mesh = init_device_mesh(processes.device.type, (world_size // shard_size, shard_size),
                                 mesh_dim_names=("replicate", "shard"))
-    types = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else {}
+    types: dict[str, Any] = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else {}
     for block in blocks:  # inputs are not cast: the rotary table stays float32
         fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(**types, cast_forward_inputs=False))
     # Logits leave in float32: the loss is not computed in bf16.
-    return fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(**types, output_dtype=torch.float32))
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(**types, output_dtype=torch.float32))
+    return model
 
 
 def synchronize_gradients(model: nn.Module, last: bool) -> None:
     """Exchange gradients only after the last micro-batch of a step (gradient accumulation)."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = last
-    elif hasattr(model, "set_requires_gradient_sync"):
+    elif isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
 
 
-def average_gradients(parameters: list[Tensor], processes: Processes) -> None:
+def average_gradients(parameters: Sequence[Tensor], processes: Processes) -> None:
     """Average the gradients of `parameters` over all processes, in one exchange; parameters without one are passed over."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if processes.world_size == 1 or not gradients:
@@ -162,24 +160,3 @@ def local_shard(tensor: Tensor) -> Tensor:
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, gathered; a plain tensor is returned as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale gradients to a total norm of at most `max_norm` (0: leave them); returns the norm before."""
-    return full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))
-
-
-def split_batch(global_batch_size: int, micro_batch_size: int, world_size: int) -> tuple[int, int]:
-    """Divide a global batch: (micro-batch size of one process, accumulation steps).
-
-    micro_batch_size 0 means the whole share of a process at once.  Raises UserError when the numbers do not divide.
-    """
-    if global_batch_size % world_size:
-        raise UserError(f"--global-batch-size {global_batch_size} is not divisible by the {world_size} processes: "
-                        f"choose a multiple of {world_size}.")
-    share = global_batch_size // world_size
-    micro = micro_batch_size or share
-    if share % micro:
-        raise UserError(f"--micro-batch-size {micro} does not divide the {share} images a process takes of "
-                        f"--global-batch-size {global_batch_size}: choose a divisor of {share}.")
-    return micro, share // micro

@@ -7,44 +7,44 @@ one without saving generator states.
 
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from utils.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from utils.config import UserError
+from utils.checkpoint import RunRecord, exported_step, latest_checkpoint, load_checkpoint, save_checkpoint
+from utils.config import Count, Device, Positive, Seed, UserError
 from utils.distributed import Processes, all_reduce_mean
-from utils.files import check_writable, write_json
+from utils.files import check_writable, replacing, write_json
+from utils.train_state import TrainState
 
 log = logging.getLogger("run")
 
 
 @dataclass
 class RunOptions:
-    """Where a run lives and how often it speaks."""
+    """Where a run lives and how often it logs and saves."""
 
-    run_dir: Path
-    """Folder of the run; the same command with the same folder resumes it."""
-    seed: int = 0
+    run_dir: Path = Path()
+    """Folder of the run, where the same command resumes it; left out: a folder below runs/ named after the model."""
+    seed: Seed = 0
     """Seed of initialisation, data order and augmentation."""
-    device: str = "auto"
-    """auto, cuda or cpu."""
-    log_every: int = 100
+    device: Device = "auto"
+    """auto: CUDA where there is any."""
+    log_every: Positive = 100
     """Steps between logged averages."""
-    checkpoint_every: int = 5000
-    """Steps between checkpoints."""
-    keep_checkpoints: int = 2
+    checkpoint_every: Count = 5000
+    """Steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: Positive = 2
     """Checkpoints kept; older ones are removed."""
 
 
@@ -89,9 +89,9 @@ class MeanMetrics:
 class Run:
     """Owns folder, resume, cadence, logging and averaging of one training run."""
 
-    def __init__(self, options: RunOptions, config: dict, processes: Processes, total_steps: int) -> None:
-        """config: resolved options as a plain dict, whose "model" entry must match when resuming."""
-        self.options, self.config, self.processes, self.total_steps = options, config, processes, total_steps
+    def __init__(self, options: RunOptions, record: RunRecord, processes: Processes, total_steps: int) -> None:
+        """Create the folder and its log; raises UserError when it cannot be written."""
+        self.options, self.record, self.processes, self.total_steps = options, record, processes, total_steps
         self.folder = check_writable(options.run_dir, "--run-dir")
         set_up_logging(processes, self.folder / "log.txt")
         self.metrics = MeanMetrics()
@@ -99,32 +99,29 @@ class Run:
         self.started, self.first_step, self.logged = time.perf_counter(), 0, 0
         self.bad_steps: dict[str, int] = {}
 
-    def resume(self, state: dict[str, Any]) -> tuple[dict[str, Any] | None, int]:
-        """Fill `state` from the newest checkpoint: (state, next step), or (None, 0) for a fresh run."""
-        found = latest_checkpoint(self.folder / "checkpoints")
-        if found is None:
-            self._start(0)
-            return None, 0
-        path, step = found
-        state = load_checkpoint(path, state, self.config, self.processes)
-        log.info("resumed from %s at step %d of %d", path, step, self.total_steps)
+    def resume(self, training: TrainState) -> int:
+        """Load the newest checkpoint into `training`, where there is one; returns the first step still to do."""
+        step = 0
+        if found := latest_checkpoint(self.folder / "checkpoints"):
+            path, step = found
+            training.load_state_dict(load_checkpoint(path, training.state_dict(), self.record, self.processes))
+            log.info("resumed from %s at step %d of %d", path, step, self.total_steps)
         self._start(step)
-        return state, step
+        return step
 
     def _start(self, step: int) -> None:
         self.first_step = self.logged = step
         if not self.processes.is_main:
             return
         if step < self.total_steps:  # a finished run keeps the options it was made by
-            write_json(self.folder / "options.json", self.config)
+            write_json(self.folder / "options.json", asdict(self.record))
         metrics = self.folder / "metrics.jsonl"
         if metrics.exists():  # lines after the checkpoint will be written again
             lines = metrics.read_text().splitlines()
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
             if kept != lines:
-                aside = metrics.with_name(".metrics.jsonl")
-                aside.write_text("".join(line + "\n" for line in kept))
-                os.replace(aside, metrics)
+                with replacing(metrics) as aside:
+                    aside.write_text("".join(line + "\n" for line in kept))
 
     def steps(self) -> Iterator[int]:
         """Step numbers still to do, under a progress bar; seeds each step from (seed, step, rank)."""
@@ -153,15 +150,15 @@ class Run:
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Write scalars of `step` to metrics.jsonl and TensorBoard."""
-        if self.processes.is_main:
+        if self.writer is not None:
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step} | scalars) + "\n")
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, step)
 
-    def picture(self, step: int, name: str, image) -> None:
+    def picture(self, step: int, name: str, image: Image.Image) -> None:
         """Show a PIL image in TensorBoard and keep it as NAME.png in the run's folder."""
-        if self.processes.is_main:
+        if self.writer is not None:
             self.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
             image.save(self.folder / f"{name}.png")
 
@@ -169,10 +166,15 @@ class Run:
         """True after every `every`-th step and after the last; `every` 0: only after the last."""
         return step + 1 == self.total_steps or (every > 0 and (step + 1) % every == 0)
 
-    def checkpoint(self, step: int, state: dict[str, Any]) -> None:
-        """Save `state` as of after `step`."""
-        save_checkpoint(self.folder / "checkpoints", step + 1, state, self.config, self.processes,
+    def checkpoint(self, step: int, training: TrainState) -> None:
+        """Save `training` as it is after `step`."""
+        save_checkpoint(self.folder / "checkpoints", step + 1, training.state_dict(), self.record, self.processes,
                         self.options.keep_checkpoints)
+
+    @property
+    def lacks_export(self) -> bool:
+        """True for a finished training that was killed between its last checkpoint and the export of the model."""
+        return self.first_step >= self.total_steps and exported_step(self.folder, self.record.kind) < self.total_steps
 
     def require_finite(self, norm: Tensor, step: int, name: str = "model") -> bool:
         """False when the gradient norm is not finite: the step must be left out; raises UserError after ten in a row."""

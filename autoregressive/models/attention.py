@@ -5,9 +5,14 @@ the trunk; the head's three slots are cheaper as plain arithmetic (`short_causal
 pays its set-up once for each of B · N tiny sequences.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q [B, H, T, E], k [B, H, S, E], v [B, H, S, E]) -> [B, H, T, E]."""
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:

@@ -7,26 +7,28 @@ guided unless `--fine-cfg-scale` says so.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from autoregressive.models.generate import pick_codes
 from autoregressive.models.gpt import GPT
+from autoregressive.models.guidance import guide
+from utils.config import Count, NonNegative, choices
 
 
 @dataclass
 class FineOptions:
     """How the second stage draws fine labels, where there is one."""
 
-    fine_candidates: Literal["all", "cluster"] = "all"
+    fine_candidates: Annotated[str, choices(("all", "cluster"))] = "all"
     """Codes a cell may take: all, or the members of its coarse cluster."""
-    fine_temperature: float = 1.0
+    fine_temperature: NonNegative = 1.0
     """Softmax temperature of fine labels; 0 takes the likeliest."""
-    fine_top_k: int = 0
+    fine_top_k: Count = 0
     """Keep the k likeliest fine labels; 0 keeps all."""
-    fine_cfg_scale: float = 1.0
+    fine_cfg_scale: NonNegative = 1.0
     """Guidance scale of the fine step; 1: none."""
 
 
@@ -41,7 +43,7 @@ def refine(gpt: GPT, labels: Tensor, coarse: Tensor, options: FineOptions, unifo
     if guided:
         rows = torch.cat([labels, torch.full_like(labels, gpt.null_class)])
         conditional, unconditional = gpt(rows, coarse.repeat(2, 1, 1))[0].float().chunk(2)  # [B, N, K]
-        logits = unconditional + options.fine_cfg_scale * (conditional - unconditional)
+        logits = guide(conditional, unconditional, options.fine_cfg_scale)
     else:
         logits = gpt(labels, coarse)[0].float()
     if options.fine_candidates == "cluster":

@@ -55,6 +55,8 @@ class GPTProvenance:
 class GPT(nn.Module):
     """Trunk plus prediction paradigm.  Keeps no generation state."""
 
+    rotary: Tensor  # [T, D/H/2, 2] rows of all trunk positions
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
@@ -62,9 +64,9 @@ class GPT(nn.Module):
         self.activation_checkpointing = False
         self.cls_embedding = nn.Embedding(config.num_classes + 1, config.dim)  # last row: the null class
         self.token_dropout = nn.Dropout(config.token_dropout)
-        paradigm, _ = PARADIGMS[config.paradigm]
-        self.layers = nn.ModuleList(Block(config, paradigm.attend) for _ in range(config.n_layer))
-        self.paradigm = paradigm(config)
+        row = PARADIGMS[config.paradigm]
+        self.layers = nn.ModuleList(Block(config, row.attend) for _ in range(config.n_layer))
+        self.paradigm = row.build(config)
         self.register_buffer("rotary", self.build_rotary(), persistent=False)
         self.init_weights()
 
@@ -83,7 +85,7 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for output in self.paradigm.output_layers():
-            nn.init.zeros_(output.weight)
+            nn.init.zeros_(output.weight)  # type: ignore[arg-type]
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -102,7 +104,7 @@ class GPT(nn.Module):
         dropped = torch.rand(labels.shape, device=labels.device) < self.config.class_dropout
         return torch.where(dropped, self.null_class, labels)
 
-    def run_block(self, block: nn.Module, *args, **kwargs) -> Tensor:
+    def run_block(self, block: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Call a layer, recomputing its activations in the backward pass when asked to."""
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(partial(block, **kwargs), *args, use_reentrant=False)
@@ -143,9 +145,9 @@ class GPT(nn.Module):
                        weight.device, weight.dtype, record_condition)
 
 
-def build_gpt(name: str, **options) -> GPT:
+def build_gpt(name: str, **options: Any) -> GPT:
     """A GPT of the table's size `name`, with GPTConfig fields overridden by `options`."""
-    return GPT(GPTConfig(**GPT_models[name] | options))
+    return GPT(GPTConfig(**(GPT_models[name] | options)))
 
 
 def load_gpt(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,

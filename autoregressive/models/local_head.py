@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from autoregressive.models.attention import KVCache, short_causal_attention
-from autoregressive.models.transformer import Block, GPTConfig
+from autoregressive.models.transformer import Block, GPTConfig, RunBlock
 
 
 def mlp(dim: int, hidden: int, out: int, out_bias: bool = False) -> nn.Sequential:
@@ -40,6 +40,8 @@ class LocalContext(nn.Module):
     A neighbour contributes its state compressed D -> D/4 -> D/n, or the whole of it (table 6, row 2).
     """
 
+    window: Tensor  # [N, n] neighbours of each cell; N: outside the grid
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         window = window_indices(config.grid_size, config.window_size)
@@ -51,8 +53,8 @@ class LocalContext(nn.Module):
         self.register_buffer("window", window, persistent=False)
 
     def border(self) -> Tensor:
-        """What a cell outside the image contributes: what a zero vector does [c]."""
-        weight = self.expand[0].weight
+        """Contribution of a cell outside the grid: compress(0) [c]."""
+        weight = next(self.expand.parameters())
         return self.compress(torch.zeros(self.dim, device=weight.device, dtype=weight.dtype))
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -76,13 +78,17 @@ class LocalContext(nn.Module):
 class HeadState:
     """What the head keeps while decoding: contributions of decoded cells to their neighbours, and the slots' cache."""
 
-    contributions: Tensor | None  # [B, N + 1, c]
+    contributions: Tensor  # [B, N + 1, c]; empty without local context
     cache: KVCache
 
 
 class LocalContextHead(nn.Module):
-    """Transformer layers over the slots of one cell (equation 13); without local context (table 6, row 1) the cell's
-    trunk state is the first slot."""
+    """Transformer layers over the slots of one cell (equation 13).
+
+    Without local context (table 6, row 1) there is no summary, and the cell's trunk state is the first slot.
+    """
+
+    rotary: Tensor | None  # [slots, D/H/2, 2], or None where slots are not rotated
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -100,7 +106,7 @@ class LocalContextHead(nn.Module):
         """Rotary rows of a range of slots, or None when slots are not rotated."""
         return None if self.rotary is None else self.rotary[start:end]
 
-    def forward(self, hidden: Tensor, embedded: list[Tensor], run_block) -> Tensor:
+    def forward(self, hidden: Tensor, embedded: list[Tensor], run_block: RunBlock) -> Tensor:
         """Teacher-forced head states.
 
         hidden: trunk states [B, N, D]; embedded: the embeddings of all streams but the last, each [B, N, D];
@@ -115,9 +121,9 @@ class LocalContextHead(nn.Module):
 
     def new_state(self, batch: int) -> HeadState:
         """Buffers for decoding `batch` grids, allocated once."""
-        weight, heads = self.layers[0].attention_norm.weight, self.config.n_head
+        weight, heads = next(self.layers.parameters()), self.config.n_head
         cache = KVCache(len(self.layers), batch, heads, self.slots, self.config.dim // heads, weight.device, weight.dtype)
-        return HeadState(None if self.context is None else self.context.new_state(batch), cache)
+        return HeadState(torch.empty(0) if self.context is None else self.context.new_state(batch), cache)
 
     def begin_cell(self, hidden: Tensor, cell: int, state: HeadState) -> Tensor:
         """First pass of a cell, summary and state together: [B, D] -> head state of the first stream [B, D]."""

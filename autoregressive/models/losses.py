@@ -7,26 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.code_shards import STREAMS
-from utils.config import UserError
+from utils.config import NonNegative, Positive
 
 
 @dataclass
 class ObjectiveOptions:
     """What a GPT is trained for."""
 
-    semantic_weight: float = 1.0
+    semantic_weight: NonNegative = 1.0
     """λ_s of equation 14."""
-    cluster_weight: float = 0.0
+    cluster_weight: NonNegative = 0.0
     """λ of IAR's cluster cross-entropy (paper 1.0); 0: off."""
-    cluster_size: int = 128
+    cluster_size: Positive = 128
     """Consecutive codes that make a cluster (IAR)."""
-
-
-def check_objective(options: ObjectiveOptions, codebook_sizes: list[int]) -> None:
-    """Raise UserError for clusters that do not divide the codebook."""
-    if options.cluster_weight and (options.cluster_size < 1 or any(size % options.cluster_size for size in codebook_sizes)):
-        raise UserError(f"--cluster-size {options.cluster_size} does not divide the codebooks {list(codebook_sizes)}: give the "
-                        "size that rearrange.py made.")
 
 
 def stream_losses(logits: list[Tensor], codes: Tensor, weights: tuple[float, ...]) -> tuple[Tensor, dict[str, Tensor]]:

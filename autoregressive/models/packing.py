@@ -5,7 +5,7 @@ blocked layout at about twice the rate at which the general matrix product reads
 for 8 rows on two cores).  The operators are those that torch's compiler uses for frozen CPU graphs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -18,7 +18,7 @@ def can_pack(linear: nn.Linear) -> bool:
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
-def packed_forward(linear: nn.Linear, rows: int):
+def packed_forward(linear: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:
     """A function that computes what `linear` does [..., in] -> [..., out] from packed weights."""
     weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
     bias = linear.bias
@@ -38,7 +38,7 @@ def packed_linears(model: nn.Module, rows: int) -> Iterator[None]:
     packed = [module for module in model.modules() if isinstance(module, nn.Linear) and can_pack(module)]
     try:
         for linear in packed:
-            linear.forward = packed_forward(linear, rows)
+            linear.forward = packed_forward(linear, rows)  # type: ignore
         yield
     finally:
         for linear in packed:

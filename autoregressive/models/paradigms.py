@@ -14,18 +14,19 @@ logits: paradigms know nothing of guidance or sampling.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoregressive.models.attention import causal_attention, full_attention
+from autoregressive.models.attention import Attend, causal_attention, full_attention
 from autoregressive.models.local_head import HeadState, LocalContextHead, mlp
-from autoregressive.models.transformer import GPTConfig
+from autoregressive.models.transformer import GPTConfig, RunBlock
 
-Pick = Callable[[Tensor, int], Tensor]
-"""(logits [B, K_c], stream) -> codes [B]."""
+Pick = Callable[[Tensor, int, int], Tensor]
+"""(logits [B, K_c], stream, cell) -> codes [B]."""
 
 
 @dataclass
@@ -33,7 +34,7 @@ class DecodeState:
     """What one decoding owns: the codes chosen so far [B, C, N], the next trunk step, buffers of fusion and head."""
 
     codes: Tensor
-    tables: list[Tensor] | None = None  # fused tokens: what each code adds to the first fusion layer [K_c, 4D]
+    tables: list[Tensor] = field(default_factory=list)  # fused tokens: output of the first fusion layer by code [K_c, 4D]
     head: HeadState | None = None
     step: int = 0
 
@@ -41,8 +42,7 @@ class DecodeState:
 class Paradigm(nn.Module):
     """The interface, and the parts all paradigms have; T is the number of trunk steps."""
 
-    cells: Tensor                             # [T - 1] grid cell of each trunk input after the class token
-    attend = staticmethod(causal_attention)   # the trunk's attention kernel
+    cells: Tensor  # [T - 1] grid cell of each trunk input after the class token
 
     def __init__(self, config: GPTConfig, outputs: list[nn.Module]) -> None:
         """outputs: one head a predicted stream, D -> K_c."""
@@ -61,7 +61,7 @@ class Paradigm(nn.Module):
         """Codes [B, C, N] -> trunk inputs after the class token [B, T - 1, D]."""
         raise NotImplementedError
 
-    def logits(self, hidden: Tensor, codes: Tensor, run_block: Callable) -> list[Tensor]:
+    def logits(self, hidden: Tensor, codes: Tensor, run_block: RunBlock) -> list[Tensor]:
         """Trunk states [B, T, D] and codes [B, C, N] -> teacher-forced logits [B, N, K_c] of each predicted stream.
 
         run_block: calls a transformer layer (with activation checkpointing where wanted).
@@ -81,7 +81,7 @@ class Paradigm(nn.Module):
         shape = batch, len(self.embeddings), self.config.cells
         return DecodeState(torch.zeros(shape, dtype=torch.long, device=self.norm.weight.device))
 
-    def output_layers(self) -> list[nn.Linear]:
+    def output_layers(self) -> list[nn.Module]:
         """The last layers before the logits, which start at zero."""
         return [output[-1] if isinstance(output, nn.Sequential) else output for output in self.outputs]
 
@@ -93,6 +93,10 @@ class Paradigm(nn.Module):
 class Alternating(Paradigm):
     """One code a trunk step, the streams of a cell after each other; with one codebook this is LlamaGen's GPT."""
 
+    stream_of: Tensor  # [T] stream and
+    cell_of: Tensor    # [T] cell of the code that each trunk step predicts
+    step_of: Tensor    # [C, N] the step that predicts each code
+
     def __init__(self, config: GPTConfig) -> None:
         sizes, dim = config.codebook_sizes, config.dim
         # LlamaGen has one linear output; table 5 gives two streams a simple MLP each.
@@ -101,10 +105,10 @@ class Alternating(Paradigm):
         self.steps = self.order(len(sizes), config.cells)
         stream, cell = (torch.tensor(column) for column in zip(*self.steps))
         self.register_buffer("cells", cell[:-1], persistent=False)
-        self.register_buffer("stream_of", stream, persistent=False)                # [T]
-        self.register_buffer("cell_of", cell, persistent=False)                    # [T]
+        self.register_buffer("stream_of", stream, persistent=False)
+        self.register_buffer("cell_of", cell, persistent=False)
         steps = [[step for step, (s, _) in enumerate(self.steps) if s == stream] for stream in range(len(sizes))]
-        self.register_buffer("step_of", torch.tensor(steps), persistent=False)     # [C, N]
+        self.register_buffer("step_of", torch.tensor(steps), persistent=False)
 
     @staticmethod
     def order(streams: int, cells: int) -> list[tuple[int, int]]:
@@ -116,7 +120,7 @@ class Alternating(Paradigm):
         embedded = torch.stack(self.embed_streams(codes), dim=1)                   # [B, C, N, D]
         return embedded[:, self.stream_of[:-1], self.cell_of[:-1]]
 
-    def logits(self, hidden: Tensor, codes: Tensor, run_block: Callable) -> list[Tensor]:
+    def logits(self, hidden: Tensor, codes: Tensor, run_block: RunBlock) -> list[Tensor]:
         """Trunk states [B, T, D] -> C teacher-forced logits [B, N, K_c]."""
         hidden = self.norm(hidden)
         return [output(hidden[:, self.step_of[stream]]) for stream, output in enumerate(self.outputs)]
@@ -124,7 +128,7 @@ class Alternating(Paradigm):
     def decode(self, hidden: Tensor, state: DecodeState, pick: Pick) -> Tensor:
         """One code from [B, D]; returns its embedding [B, D]."""
         stream, cell = self.steps[state.step]
-        codes = pick(self.outputs[stream](self.norm(hidden)), stream)
+        codes = pick(self.outputs[stream](self.norm(hidden)), stream, cell)
         state.codes[:, stream, cell] = codes
         state.step += 1
         return self.embeddings[stream](codes)
@@ -157,7 +161,7 @@ class Independent(Paradigm):
         """Codes [B, C, N] -> fused tokens of all cells but the last [B, N - 1, D]."""
         return self.fuse(codes[..., :-1])
 
-    def logits(self, hidden: Tensor, codes: Tensor, run_block: Callable) -> list[Tensor]:
+    def logits(self, hidden: Tensor, codes: Tensor, run_block: RunBlock) -> list[Tensor]:
         """Trunk states [B, N, D] -> C teacher-forced logits [B, N, K_c]."""
         hidden = self.norm(hidden)
         return [output(hidden) for output in self.outputs]
@@ -166,20 +170,28 @@ class Independent(Paradigm):
         """One cell from [B, D]; returns its fused token [B, D]."""
         hidden = self.norm(hidden)
         for stream, output in enumerate(self.outputs):
-            state.codes[:, stream, state.step] = pick(output(hidden), stream)
+            state.codes[:, stream, state.step] = pick(output(hidden), stream, state.step)
         return self.advance(state)
+
+    @property
+    def first_fusion_layer(self) -> nn.Linear:
+        """The layer [E_s; E_d] -> 4D, whose bias is added once and whose columns divide by stream."""
+        layer = self.fusion[0]
+        assert isinstance(layer, nn.Linear)
+        return layer
 
     def new_state(self, batch: int) -> DecodeState:
         """Buffers for decoding `batch` grids; the first fusion layer becomes one table a stream."""
-        state, weight = super().new_state(batch), self.fusion[0].weight.chunk(len(self.embeddings), dim=1)
-        state.tables = [F.linear(table.weight, part) for table, part in zip(self.embeddings, weight, strict=True)]
+        state, tables = super().new_state(batch), list(self.embeddings.parameters())
+        columns = self.first_fusion_layer.weight.chunk(len(tables), dim=1)
+        state.tables = [F.linear(table, part) for table, part in zip(tables, columns, strict=True)]
         return state
 
     def advance(self, state: DecodeState) -> Tensor:
         """Go on to the next cell; returns the fused token of the one just chosen [B, D]."""
         rows = [table[codes] for table, codes in zip(state.tables, state.codes[..., state.step].unbind(1), strict=True)]
         state.step += 1
-        return self.fusion[1:](sum(rows, self.fusion[0].bias))                     # equation 12
+        return self.fusion[1:](sum(rows, start=self.first_fusion_layer.bias))      # equation 12
 
 
 class Hierarchical(Independent):
@@ -189,7 +201,7 @@ class Hierarchical(Independent):
         super().__init__(config)
         self.head = LocalContextHead(config)
 
-    def logits(self, hidden: Tensor, codes: Tensor, run_block: Callable) -> list[Tensor]:
+    def logits(self, hidden: Tensor, codes: Tensor, run_block: RunBlock) -> list[Tensor]:
         """Trunk states [B, N, D] and codes [B, C, N] -> C teacher-forced logits [B, N, K_c]."""
         states = self.norm(self.head(hidden, self.embed_streams(codes[:, :-1]), run_block))  # [B, N, C, D]
         return [output(states[:, :, stream]) for stream, output in enumerate(self.outputs)]
@@ -202,9 +214,10 @@ class Hierarchical(Independent):
 
     def decode(self, hidden: Tensor, state: DecodeState, pick: Pick) -> Tensor:
         """One cell: head passes and choices in stream order; returns its fused token [B, D]."""
+        assert state.head is not None
         x = self.head.begin_cell(hidden, state.step, state.head)
         for stream, output in enumerate(self.outputs):
-            codes = pick(output(self.norm(x)), stream)
+            codes = pick(output(self.norm(x)), stream, state.step)
             state.codes[:, stream, state.step] = codes
             if stream + 1 < len(self.outputs):
                 x = self.head.continue_cell(self.embeddings[stream](codes), stream + 1, state.head)
@@ -215,8 +228,6 @@ class FineLabels(Paradigm):
     """CTF's second stage: streams (coarse, fine); every cell sees all coarse labels and the class, and predicts its fine
     label, all in one pass.  `ctf.py` samples from it; there is nothing to decode step by step."""
 
-    attend = staticmethod(full_attention)
-
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config, [nn.Linear(config.dim, config.codebook_sizes[1], bias=False)])
         del self.embeddings[1]  # fine labels are only predicted
@@ -226,7 +237,7 @@ class FineLabels(Paradigm):
         """Codes [B, 1 or 2, N] -> embeddings of the coarse labels of all cells [B, N, D]."""
         return self.embeddings[0](codes[:, 0])
 
-    def logits(self, hidden: Tensor, codes: Tensor, run_block: Callable) -> list[Tensor]:
+    def logits(self, hidden: Tensor, codes: Tensor, run_block: RunBlock) -> list[Tensor]:
         """States of the class token and all cells [B, 1 + N, D] -> fine logits [B, N, K_fine]."""
         return [self.outputs[0](self.norm(hidden[:, 1:]))]
 
@@ -235,12 +246,19 @@ class FineLabels(Paradigm):
         return codes[:, 1:]
 
 
-PARADIGMS: dict[str, tuple[type[Paradigm], int]] = {
-    # name: (class, number of codebooks)
-    "single": (Alternating, 1),
-    "alternating": (Alternating, 2),
-    "grouped": (Grouped, 2),
-    "independent": (Independent, 2),
-    "hierarchical": (Hierarchical, 2),
-    "fine": (FineLabels, 2),
+class Row(NamedTuple):
+    """How a paradigm is built, and what it needs of codes and trunk."""
+
+    build: Callable[[GPTConfig], Paradigm]
+    codebooks: int
+    attend: Attend = causal_attention  # the trunk's attention kernel
+
+
+PARADIGMS: dict[str, Row] = {
+    "single": Row(Alternating, 1),
+    "alternating": Row(Alternating, 2),
+    "grouped": Row(Grouped, 2),
+    "independent": Row(Independent, 2),
+    "hierarchical": Row(Hierarchical, 2),
+    "fine": Row(FineLabels, 2, full_attention),
 }

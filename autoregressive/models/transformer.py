@@ -1,8 +1,9 @@
-"""What trunk and local-context head are made of: the configuration, the rotary table, and the transformer layer.
+"""The parts that trunk and local-context head share: the configuration, the rotary table, and the transformer layer.
 
 LlamaGen's layer: RMSNorm before attention and SwiGLU, two-dimensional rotary embedding (paper section 4.3).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoregressive.models.attention import causal_attention, rotate
+from autoregressive.models.attention import Attend, LayerCache, causal_attention, rotate
+
+RunBlock = Callable[..., Tensor]
+"""(layer, arguments of its forward ...) -> its output, with activation checkpointing where wanted."""
 
 
 @dataclass
@@ -97,7 +101,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer layer; trunk and head layers are the same, with different attention kernels."""
 
-    def __init__(self, config: GPTConfig, attend=causal_attention) -> None:
+    def __init__(self, config: GPTConfig, attend: Attend = causal_attention) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
@@ -105,7 +109,8 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.attend = attend
 
-    def forward(self, x: Tensor, rotary: Tensor | None, cache=None, position: int = 0, skip: int = 0) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor | None, cache: LayerCache | None = None, position: int = 0,
+                skip: int = 0) -> Tensor:
         """One layer over T new positions.
 
         x: [B, T, D]; rotary: rows of these positions [T, D/H/2, 2], or None; cache: this layer's LayerCache, filled up

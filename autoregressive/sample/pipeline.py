@@ -1,8 +1,9 @@
 """From class labels to images: the models a sampler needs, checked against each other and loaded once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -11,11 +12,11 @@ from torch import Tensor
 
 from autoregressive.models.ctf import FineOptions, refine
 from autoregressive.models.generate import SamplingOptions, carried_fields, cfg_ranges, draw_uniforms, generate, per_stream
-from autoregressive.models.gpt import load_gpt
+from autoregressive.models.gpt import GPT, load_gpt
 from tokenizer.tokenizer_image.vq_model import load_tokenizer
 from utils.checkpoint import fingerprint, read_export
-from utils.config import UserError
-from utils.images import to_uint8
+from utils.config import Count, Device, UserError, choices, flag
+from utils.crops import to_uint8
 
 
 @dataclass
@@ -28,12 +29,12 @@ class ModelOptions:
     """tokenizer.safetensors or the run folder that holds it."""
     fine_ckpt: Path | None = None
     """Second stage of a GPT that predicts coarse labels (CTF)."""
-    precision: Literal["auto", "bf16", "float32"] = "auto"
+    precision: Annotated[str, choices(("auto", "bf16", "float32"))] = "auto"
     """Of the GPT; auto: bf16 on GPUs."""
-    image_size_eval: int = 0
+    image_size_eval: Count = 0
     """Resize samples to this side, bicubic, as LlamaGen does; 0: keep the model's size."""
-    device: str = "auto"
-    """auto, cuda or cpu."""
+    device: Device = "auto"
+    """auto: CUDA where there is any."""
 
 
 def carried_options(config: Any) -> dict[str, Any]:
@@ -55,7 +56,7 @@ class Pipeline:
         self.sampling, self.fine_options, self.device = sampling, fine, device
         self.image_size_eval = models.image_size_eval
         self._check_models(models)
-        check_sampling(sampling, fine, self.gpt)
+        check_sampling(sampling, self.gpt)
         if self.fine is not None:
             self.coarse_of = torch.tensor(self.fine.provenance.coarse_of, device=device)
 
@@ -99,7 +100,7 @@ class Pipeline:
         return self.image_size_eval or self.gpt.config.grid_size * self.tokenizer.config.downsampling
 
     def identity(self) -> dict[str, str]:
-        """What the models are, so that a partial file made by others is not continued."""
+        """Fingerprints of the models: a partial file made by other models is not continued."""
         stages = {"gpt": self.gpt} | ({"fine": self.fine} if self.fine is not None else {})
         return {name: fingerprint(gpt.state_dict()) for name, gpt in stages.items()} | {
             "tokenizer": self.tokenizer.provenance.fingerprint}
@@ -125,24 +126,20 @@ class Pipeline:
         return to_uint8(images).cpu().numpy()
 
 
-def check_sampling(sampling: SamplingOptions, fine: FineOptions, gpt: torch.nn.Module) -> None:
-    """Raise UserError for a guidance range, temperature or filter that fits no model."""
-    cfg_ranges(sampling, gpt)
+def check_sampling(sampling: SamplingOptions, gpt: GPT) -> None:
+    """Raise UserError, naming the flag, for a guidance range, or a count of temperatures or filters, that fits no model."""
     streams = len(gpt.config.codebook_sizes)
-    for values, option, fits, wanted in (
-            (sampling.top_k, "--top-k", lambda v: v >= 0, "0 or more"),
-            (sampling.top_p, "--top-p", lambda v: 0 < v <= 1, "in (0, 1]"),
-            (sampling.temperature, "--temperature", lambda v: v >= 0, "0 or more"),
-            ((fine.fine_top_k,), "--fine-top-k", lambda v: v >= 0, "0 or more"),
-            ((fine.fine_temperature,), "--fine-temperature", lambda v: v >= 0, "0 or more"),
-            ((fine.fine_cfg_scale,), "--fine-cfg-scale", lambda v: v >= 0, "0 or more")):
-        for value in per_stream(values, streams, option):
-            if not fits(value):
-                raise UserError(f"{option} {value} must be {wanted}.")
+    try:
+        cfg_ranges(sampling, gpt)
+        for name in ("temperature", "top_k", "top_p"):
+            per_stream(getattr(sampling, name), streams, name)
+    except ValueError as error:
+        name, rest = str(error).split(" ", 1)
+        raise UserError(f"{flag(name)} {rest}") from error
 
 
-def check_classes(classes: np.ndarray | Tensor, num_classes: int, option: str) -> None:
+def check_classes(classes: Sequence[int], num_classes: int, option: str) -> None:
     """Raise UserError naming the first class id outside [0, num_classes)."""
-    for value in np.asarray(classes).tolist():
+    for value in classes:
         if not 0 <= value < num_classes:
             raise UserError(f"{option} {value} is out of range: the model knows classes 0 to {num_classes - 1}.")

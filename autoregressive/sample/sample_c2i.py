@@ -5,8 +5,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its path
 
 import numpy as np
 from tqdm import tqdm
@@ -14,10 +13,10 @@ from tqdm import tqdm
 from autoregressive.models.ctf import FineOptions
 from autoregressive.models.generate import SamplingOptions
 from autoregressive.sample.pipeline import ModelOptions, Pipeline, carried_options, check_classes
-from utils.config import UserError, parse, run_main
+from utils.config import Count, Positive, UserError, parse, run_main
 from utils.distributed import setup
 from utils.files import check_writable
-from utils.images import image_grid
+from utils.pictures import image_grid
 from utils.run import set_up_logging
 
 log = logging.getLogger("sample_c2i")
@@ -30,11 +29,11 @@ class GridConfig:
     models: ModelOptions
     sampling: SamplingOptions
     fine: FineOptions
-    classes: tuple[int, ...] = (207, 360, 387, 974, 88, 979, 417, 279)
+    classes: tuple[Count, ...] = (207, 360, 387, 974, 88, 979, 417, 279)
     """Class ids, a row each; the default is LlamaGen's eight ImageNet classes."""
-    per_class: int = 8
+    per_class: Positive = 8
     """Images of each class."""
-    batch_size: int = 64
+    batch_size: Positive = 64
     """Images drawn at once."""
     class_names: tuple[str, ...] = ()
     """Captions of the rows; empty: the class ids."""

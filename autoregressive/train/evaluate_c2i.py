@@ -11,8 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its path
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from autoregressive.models.gpt import GPT, load_gpt
 from utils.code_map import load_code_map
 from utils.code_shards import STREAMS, CodeDataset, read_header, require_fit
-from utils.config import UserError, parse, run_main
+from utils.config import Device, Positive, UserError, parse, run_main
 from utils.distributed import Processes, all_reduce_sum, setup
 from utils.files import check_writable, write_json
 from utils.run import set_up_logging
@@ -43,13 +42,13 @@ class EvaluateConfig:
     """The code map the GPT was trained with."""
     out: Path | None = None
     """JSON to write."""
-    batch_size: int = 64
+    batch_size: Positive = 64
     """Images a process takes at once."""
-    device: str = "auto"
-    """auto, cuda or cpu."""
+    device: Device = "auto"
+    """auto: CUDA where there is any."""
 
 
-def open_codes(gpt: GPT, model: str, code_path: str | Path, code_map: str, option: str = "--code-path") -> CodeDataset:
+def open_held_out(gpt: GPT, model: str, code_path: str | Path, code_map: str, option: str = "--code-path") -> CodeDataset:
     """Held-out codes as the GPT sees them; raises UserError, naming `option`, when they are of another tokenizer or shape.
 
     model: what messages call the GPT; code_map: the map of its training, or empty.
@@ -94,9 +93,9 @@ def evaluate(gpt: GPT, dataset: CodeDataset, batch_size: int, processes: Process
         nats = stream_nats(gpt, labels.to(processes.device), codes.to(processes.device), coarse_of).double()  # [B, C']
         counted = torch.from_numpy(rows < len(dataset)).to(nats)[:, None]                                     # [B, 1]
         sums = sums + (torch.cat([nats, torch.ones_like(counted)], dim=1) * counted).sum(0)
-    *nats, count = all_reduce_sum(sums, processes).tolist()
-    figures = {f"nats_{name}": value / count / gpt.config.cells for name, value in zip(STREAMS[len(nats)], nats, strict=True)}
-    return figures | {"bits_per_image": sum(nats) / count / math.log(2), "images": int(count)}
+    *totals, count = all_reduce_sum(sums, processes).tolist()
+    figures = {f"nats_{name}": total / count / gpt.config.cells for name, total in zip(STREAMS[streams], totals, strict=True)}
+    return figures | {"bits_per_image": sum(totals) / count / math.log(2), "images": int(count)}
 
 
 def main() -> None:
@@ -107,7 +106,7 @@ def main() -> None:
     if config.out is not None:
         check_writable(config.out.parent, "--out")
     gpt = load_gpt(config.gpt_ckpt, processes.device)
-    held_out = open_codes(gpt, f"--gpt-ckpt {config.gpt_ckpt}", config.code_path, config.code_map)
+    held_out = open_held_out(gpt, f"--gpt-ckpt {config.gpt_ckpt}", config.code_path, config.code_map)
     figures = evaluate(gpt, held_out, config.batch_size, processes)
     figures["steps"] = gpt.provenance.step  # of its training; 0: imported
     if processes.is_main:

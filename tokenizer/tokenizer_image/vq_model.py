@@ -6,6 +6,7 @@ begin with a pixel-unshuffle stem, which halves the resolution before the first 
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from tokenizer.tokenizer_image.quantizer import QUANTIZERS, Quantized, Streams
 from utils.checkpoint import load_weights, read_export
-from utils.config import from_dict
+from utils.config import UserError, from_dict
 
 
 @dataclass
@@ -70,7 +71,7 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(out, out, 3, padding=1)
         if config.zero_residual:  # every block starts as its shortcut: short trainings get further
             nn.init.zeros_(self.conv2.weight)
-            nn.init.zeros_(self.conv2.bias)
+            nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
         self.shortcut = nn.Conv2d(channels, out, 1) if out != channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,7 +124,8 @@ class Upsample(nn.Module):
 class Stage(nn.Module):
     """The residual blocks of one resolution, with attention where asked, and the change of resolution after it."""
 
-    def __init__(self, config: VQConfig, channels: int, out: int, blocks: int, attention: bool, resample) -> None:
+    def __init__(self, config: VQConfig, channels: int, out: int, blocks: int, attention: bool,
+                 resample: type[Downsample] | type[Upsample] | None) -> None:
         super().__init__()
         self.res = nn.ModuleList(ResidualBlock(config, channels if index == 0 else out, out) for index in range(blocks))
         self.attn = nn.ModuleList(AttentionBlock(config, out) for _ in range(blocks if attention and config.attention else 0))
@@ -185,7 +187,7 @@ class Decoder(nn.Module):
         self.stem = nn.PixelShuffle(config.stem) if config.stem > 1 else nn.Identity()
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """The weight against which adaptive loss weights are measured."""
         return self.conv_out.weight
 
@@ -215,9 +217,12 @@ class VQModel(nn.Module):
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
+        if config.quantizer not in QUANTIZERS:
+            raise ValueError(f"quantizer {config.quantizer} is not registered: add it to QUANTIZERS, which has "
+                             f"{', '.join(QUANTIZERS)}.")
         quantizer, codebooks, _ = QUANTIZERS[config.quantizer]
         if len(config.codebook_sizes) != codebooks:
-            raise ValueError(f"quantizer {config.quantizer} needs {codebooks} codebook sizes, got {config.codebook_sizes}")
+            raise ValueError(f"quantizer {config.quantizer} needs {codebooks} codebook sizes, not {config.codebook_sizes}.")
         self.config = config
         self.provenance = TokenizerProvenance()
         self.encoder = Encoder(config)
@@ -249,7 +254,7 @@ class VQModel(nn.Module):
         return self.decode(self.quantizer.lookup(codes).to(self.post_quant_conv.weight.dtype))
 
 
-def build_tokenizer(name: str, **options) -> VQModel:
+def build_tokenizer(name: str, **options: Any) -> VQModel:
     """A tokenizer of the table's preset `name`, with VQConfig fields overridden by `options`."""
     return VQModel(VQConfig(**VQ_models[name] | options))
 
@@ -261,7 +266,10 @@ def load_tokenizer(path: str | Path, device: str | torch.device = "cpu", dtype: 
     Raises UserError, naming `option`, when there is none.
     """
     description, tensors = read_export(path, "tokenizer", option)
-    tokenizer = VQModel(from_dict(VQConfig, description.pop("model")))
+    try:
+        tokenizer = VQModel(from_dict(VQConfig, description.pop("model")))
+    except ValueError as error:  # its quantizer was registered where it was trained
+        raise UserError(f"{option} {path} cannot be built: {error}") from error
     load_weights(tokenizer, tensors, option)
     tokenizer.provenance = from_dict(TokenizerProvenance, description)
     return tokenizer.to(device, dtype).eval().requires_grad_(False)

@@ -1,0 +1,108 @@
+"""Classifier-free guidance: schedules of the scale, and the published ranges (paper section 4.5, tables 8, 9 and 12).
+
+Guided logits are l_u + s (l_c - l_u).  `GUIDANCE` has a row for each schedule of the scale s over the trunk steps i of M:
+
+    constant      s = start
+    progressive   s = start + (end - start) i/(M-1)
+    attention     s = start + (end - start) (i/(M-1) + w a_i)      the released formula, which gave the published numbers
+    equation18    s = (start + (end - start) i/M) a_i              the paper as printed (equations 16 to 18)
+
+a_i is the last trunk layer's attention to the class token, averaged over heads, on the conditional branch.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+Scale = Tensor | float
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: Scale) -> Tensor:
+    """Guided logits [..., K] of both branches [..., K]."""
+    return unconditional + scale * (conditional - unconditional)
+
+
+def constant(start: float, end: float, progress: float, attention: Tensor | None, weight: float) -> Scale:
+    """The same scale at every step (LlamaGen)."""
+    return start
+
+
+def progressive(start: float, end: float, progress: float, attention: Tensor | None, weight: float) -> Scale:
+    """A scale that grows linearly with the step (equation 16)."""
+    return start + (end - start) * progress
+
+
+def progressive_attention(start: float, end: float, progress: float, attention: Tensor | None, weight: float) -> Scale:
+    """The released formula: attention to the class adds to the progress."""
+    assert attention is not None
+    return start + (end - start) * (progress + weight * attention)
+
+
+def equation18(start: float, end: float, progress: float, attention: Tensor | None, weight: float) -> Scale:
+    """Equation 18 as printed: attention to the class multiplies the scale."""
+    assert attention is not None
+    return (start + (end - start) * progress) * attention
+
+
+class Guidance(NamedTuple):
+    """A schedule of the guidance scale."""
+
+    scale: Callable[[float, float, float, Tensor | None, float], Scale]
+    """(start, end, progress, attention a [B, 1], attention weight w) -> scale, a number or [B, 1]."""
+    reads_attention: bool = False
+    """Whether a is needed; it is None otherwise."""
+    reaches_end: bool = True
+    """Whether progress is i/(M-1), which is 1 at the last step, or i/M."""
+    one_is_off: bool = True
+    """Whether start = end = 1 is the conditional model, so that the unconditional rows need not be computed."""
+
+    def progress(self, step: int, steps: int) -> float:
+        """How far `step` is, counted from 0, of `steps`."""
+        return step / max(steps - 1, 1) if self.reaches_end else step / steps
+
+
+GUIDANCE: dict[str, Guidance] = {
+    "constant": Guidance(constant),
+    "progressive": Guidance(progressive),
+    "attention": Guidance(progressive_attention, reads_attention=True),
+    "equation18": Guidance(equation18, reads_attention=True, reaches_end=False, one_is_off=False),
+}
+
+# Guidance (start, end) by number of codebooks, size and side of the grid.
+CFG_RANGES: dict[tuple[int, str, int], tuple[float, float]] = {
+    # IAR2: table 12, with the FID of table 3 (24x24: 300 epochs; 16x16: B and L 300, XL and XXL 50).
+    (2, "GPT-B", 16): (1.75, 2.5),     # FID 4.06
+    (2, "GPT-L", 16): (1.4, 2.5),      # FID 2.57
+    (2, "GPT-XL", 16): (1.25, 3.0),    # FID 2.64
+    (2, "GPT-XXL", 16): (1.25, 3.0),   # FID 2.30
+    (2, "GPT-B", 24): (1.75, 3.0),     # FID 4.80
+    (2, "GPT-L", 24): (1.4, 2.5),      # FID 2.76
+    (2, "GPT-XL", 24): (1.35, 3.0),    # FID 2.10
+    (2, "GPT-XXL", 24): (1.4, 3.15),   # FID 1.76
+    (2, "GPT-tiny", 4): (2.0, 4.0),    # quickstart
+    # LlamaGen: constant scales.
+    (1, "GPT-B", 16): (2.0, 2.0),
+    (1, "GPT-L", 16): (2.0, 2.0),
+    (1, "GPT-XL", 16): (1.75, 1.75),
+    (1, "GPT-XXL", 16): (1.75, 1.75),
+    (1, "GPT-3B", 16): (1.65, 1.65),
+    (1, "GPT-B", 24): (2.0, 2.0),
+    (1, "GPT-L", 24): (2.0, 2.0),
+    (1, "GPT-XL", 24): (1.75, 1.75),
+    (1, "GPT-XXL", 24): (1.75, 1.75),
+    (1, "GPT-3B", 24): (1.65, 1.65),
+}
+
+
+def sampling_preset(gpt_model: str, streams: int, grid_size: int) -> dict[str, Any]:
+    """Fields of SamplingOptions that a checkpoint carries, so that sampling from it needs no flags.
+
+    gpt_model: size of the table; streams: number of codebooks.  Empty for a size without a published range.
+    """
+    if (streams, gpt_model, grid_size) not in CFG_RANGES:
+        return {}
+    start, end = CFG_RANGES[streams, gpt_model, grid_size]
+    if start == end:
+        return {"guidance": "constant", "cfg_scale": [start], "cfg_interval": -1}
+    return {"guidance": "attention", "cfg_scale": [start, end], "cfg_attention_weight": 0.05}

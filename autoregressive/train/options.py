@@ -1,0 +1,219 @@
+"""Options of GPT training: table 11's recipes, and the model that options and codes describe."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from autoregressive.models.gpt import GPT_models
+from autoregressive.models.losses import ObjectiveOptions
+from autoregressive.models.paradigms import PARADIGMS
+from autoregressive.models.transformer import GPTConfig
+from utils.batches import BatchOptions
+from utils.code_map import CodeMap, load_code_map
+from utils.code_shards import CodeHeader, read_header, require_fit
+from utils.config import Count, Fraction, Positive, Probability, UserError, Values, choices, flag, require_multiple
+from utils.optim import OptimOptions, typed_schedule
+from utils.run import RunOptions
+
+
+@dataclass
+class CodeOptions:
+    """Which codes to train on."""
+
+    code_path: Path
+    """Folder written by extract_codes_c2i.py."""
+    code_map: str = ""
+    """Code map written by rearrange.py, applied while reading: IAR's new order, CTF's coarse or (coarse, fine) labels."""
+    val_code_path: str = ""
+    """Held-out codes: their cross-entropy and bits per image are logged every --eval-every steps; empty: none."""
+    eval_every: Count = 5000
+    """Steps between evaluations on --val-code-path; 0: only at the end."""
+    num_workers: Count = 4
+    """Loader processes for each training process."""
+
+
+@dataclass
+class GPTOptions:
+    """Which GPT to build."""
+
+    gpt_model: Annotated[str, choices(GPT_models)] = "GPT-B"
+    """Size; with the grid and the codebooks it selects the recipe."""
+    image_size: Positive = 256
+    """Side of the images in pixels; with --downsample-size it gives the grid."""
+    downsample_size: Positive = 16
+    """Pixels a grid cell covers along one axis."""
+    num_classes: Positive = 1000
+    """Classes of the data set."""
+    codebook_sizes: tuple[Positive, ...] = ()
+    """Codes of each codebook; empty: those of the codes in --code-path (after --code-map)."""
+    paradigm: Annotated[str, choices(("auto", *PARADIGMS))] = "auto"
+    """Prediction paradigm (table 5); auto: single for one codebook, hierarchical for two, fine for a map of fine labels."""
+    context: Literal["compressed", "concatenated", "none"] = "compressed"
+    """Local context of the hierarchical head (table 6)."""
+    head_layers: Count = 0
+    """Layers of the hierarchical head; 0: the size's own."""
+    window_size: Annotated[int, Values(int, "ODD INT>=3", "an odd integer of 3 or more", lambda k: k >= 3 and k % 2 == 1)] = 5
+    """Side K of the head's local window (equation 15)."""
+    rotary: Literal["grid", "repeated"] = "grid"
+    """Rotary rows: one per cell, or the released table, which repeats rows."""
+    head_rotary: Literal["none", "zero_summary"] = "none"
+    """Rotation of the head's slots: none, or the released zero row for the summary."""
+    dropout: Fraction = 0.1
+    """Dropout of tokens, residual branches and feed-forward layers."""
+    class_dropout: Probability = 0.1
+    """Probability of training a sample without its class."""
+
+
+@dataclass
+class ParallelOptions:
+    """How the model is spread over processes, and what is traded for memory or speed."""
+
+    data_parallel: Annotated[str, choices(("none", "ddp", "fsdp", "hsdp"))] = "ddp"
+    """none, ddp, fsdp (FSDP2 over all processes), hsdp (shards inside groups, replicates between); set by the recipe."""
+    shard_size: Count = 0
+    """hsdp: processes of a shard group; 0: those of a node."""
+    activation_checkpointing: bool = False
+    """Recompute every layer in the backward pass: less memory, a third more arithmetic."""
+    compile: bool = False
+    """torch.compile every layer."""
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are sharded; FSDP2 then casts to bf16 itself."""
+        return self.data_parallel in ("fsdp", "hsdp")
+
+
+@dataclass
+class TrainConfig:
+    """Options of GPT training; batch, learning rate, schedule, epochs, λ_s and parallelism have defaults by the recipe."""
+
+    codes: CodeOptions
+    run: RunOptions
+    gpt: GPTOptions
+    objective: ObjectiveOptions
+    parallel: ParallelOptions
+    batch: BatchOptions = field(default_factory=lambda: BatchOptions(epochs=300, global_batch_size=256))
+    optim: OptimOptions = field(default_factory=lambda: OptimOptions(weight_decay=0.05))
+    init_from: str = ""
+    """gpt.safetensors or run folder whose weights start this run, of the same shape; the grid may differ."""
+    dry_run: bool = False
+    """Print the resolved options, parameters and estimated memory, and exit."""
+
+
+FIXED_OPTIONS = ("seed", "global_batch_size", "ema_decay", "lr_schedule", "weight_decay", "semantic_weight", "cluster_weight",
+                 "cluster_size")
+"""Options that must not change on resume."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hyper-parameters of a training; an end of the learning rate means cosine decay to it."""
+
+    global_batch_size: int = 256
+    lr: float = 1e-4
+    lr_end: float = 0.0
+    epochs: float = 300
+    semantic_weight: float = 1.0
+    data_parallel: str = "ddp"
+
+
+# By number of codebooks, size and side of the grid.  AdamW (0.9, 0.95), weight decay 0.05, clipping at 1.0 for all.
+RECIPES: dict[tuple[int, str, int], Recipe] = {
+    # IAR2: table 11.  Deviation: XXL at 16x16 is sharded, since it does not fit 40 GB otherwise.
+    (2, "GPT-B", 16): Recipe(semantic_weight=2.0, data_parallel="fsdp"),
+    (2, "GPT-L", 16): Recipe(data_parallel="fsdp"),
+    (2, "GPT-XL", 16): Recipe(lr=1.5e-4, lr_end=5e-5, epochs=50),
+    (2, "GPT-XXL", 16): Recipe(lr=1.5e-4, lr_end=5e-5, epochs=50, data_parallel="fsdp"),
+    (2, "GPT-B", 24): Recipe(semantic_weight=2.0, data_parallel="fsdp"),
+    (2, "GPT-L", 24): Recipe(data_parallel="fsdp"),
+    (2, "GPT-XL", 24): Recipe(lr=1.5e-4, lr_end=5e-5),
+    (2, "GPT-XXL", 24): Recipe(global_batch_size=512, lr=3e-4, lr_end=1e-4, semantic_weight=1.5, data_parallel="fsdp"),
+    # LlamaGen's training, which IAR and CTF follow; XL and XXL at 16x16 for 50 epochs, as in table 3.
+    (1, "GPT-B", 16): Recipe(),
+    (1, "GPT-L", 16): Recipe(),
+    (1, "GPT-XL", 16): Recipe(epochs=50),
+    (1, "GPT-XXL", 16): Recipe(epochs=50, data_parallel="fsdp"),
+    (1, "GPT-B", 24): Recipe(),
+    (1, "GPT-L", 24): Recipe(),
+    (1, "GPT-XL", 24): Recipe(),
+    (1, "GPT-XXL", 24): Recipe(data_parallel="fsdp"),
+}
+
+
+def recipe(config: TrainConfig) -> dict[str, Any]:
+    """Defaults for the codebooks, size and grid that the command line names: a row of RECIPES, the run's folder."""
+    options = config.gpt
+    # The sizes beyond XXL have no row in table 11 and take XXL's.
+    size = "GPT-XXL" if options.gpt_model in ("GPT-3B", "GPT-XXXL") else options.gpt_model
+    codebook_sizes, code_map = known_codes(config)
+    # Both stages of CTF read one codebook through a map and train as LlamaGen does, also on pairs of labels.
+    codebooks = 1 if code_map and code_map.coarse else len(codebook_sizes)
+    row = RECIPES.get((codebooks, size, options.image_size // options.downsample_size))
+    defaults: dict[str, Any] = {"run_dir": Path(f"runs/{options.gpt_model}-{options.image_size}")}
+    if row:
+        defaults |= asdict(row) | {"lr_schedule": "cosine" if row.lr_end else "constant"}
+    return defaults | typed_schedule(config.optim)
+
+
+def mapped_header(options: CodeOptions) -> tuple[CodeHeader, CodeMap | None]:
+    """The header of the codes as the GPT will see them, and the map that makes them so."""
+    header = read_header(options.code_path)
+    if not options.code_map:
+        return header, None
+    code_map = load_code_map(options.code_map)
+    return code_map.header(header, f"--code-map {options.code_map}"), code_map
+
+
+def known_codes(config: TrainConfig) -> tuple[tuple[int, ...], CodeMap | None]:
+    """Codebook sizes as the GPT will see them, and the code map; IAR2's sizes where there are no codes (a dry run)."""
+    if (config.codes.code_path / "header.json").exists():
+        header, code_map = mapped_header(config.codes)
+        return config.gpt.codebook_sizes or tuple(header.codebook_sizes), code_map
+    code_map = load_code_map(config.codes.code_map) if config.codes.code_map else None
+    return config.gpt.codebook_sizes or (tuple(code_map.codebook_sizes) if code_map else (256, 4096)), code_map
+
+
+def choose_paradigm(options: GPTOptions, codebook_sizes: tuple[int, ...], code_map: CodeMap | None) -> str:
+    """The paradigm for codes of the given codebooks; raises UserError where it does not go with codes or options."""
+    fine = code_map is not None and bool(code_map.coarse)
+    paradigm = options.paradigm
+    if paradigm == "auto":
+        paradigm = "fine" if fine else "single" if len(codebook_sizes) == 1 else "hierarchical"
+    if PARADIGMS[paradigm].codebooks != len(codebook_sizes):
+        raise UserError(f"--paradigm {paradigm} predicts {PARADIGMS[paradigm].codebooks} codes a cell but there are "
+                        f"{len(codebook_sizes)} codebooks, {codebook_sizes}: choose a paradigm or codes that fit.")
+    if fine != (paradigm == "fine"):
+        raise UserError(f"--paradigm {paradigm} does not go with --code-map {'of fine labels' if fine else 'of other codes'}: "
+                        "the fine paradigm needs rearrange.py's fine_map, and that map the fine paradigm.")
+    default = GPTOptions()
+    for name in ("window_size", "head_layers", "head_rotary"):
+        if paradigm != "hierarchical" and getattr(options, name) != getattr(default, name):
+            raise UserError(f"{flag(name)} {getattr(options, name)} is of the hierarchical head, which --paradigm {paradigm} "
+                            "has not: leave it out.")
+    return paradigm
+
+
+def gpt_config(options: GPTOptions, codebook_sizes: tuple[int, ...], code_map: CodeMap | None = None) -> GPTConfig:
+    """The model that the options describe, for codes of the given codebooks; raises UserError for values that fit none."""
+    require_multiple("--image-size", options.image_size, options.downsample_size, "--downsample-size")
+    shape = GPT_models[options.gpt_model] | ({"head_layers": options.head_layers} if options.head_layers else {})
+    return GPTConfig(
+        **shape, num_classes=options.num_classes, codebook_sizes=codebook_sizes,
+        paradigm=choose_paradigm(options, codebook_sizes, code_map),
+        context=options.context, grid_size=options.image_size // options.downsample_size, window_size=options.window_size,
+        token_dropout=options.dropout, resid_dropout=options.dropout, ffn_dropout=options.dropout,
+        class_dropout=options.class_dropout, rotary=options.rotary, head_rotary=options.head_rotary)
+
+
+def check_codes(config: TrainConfig, model: GPTConfig, header: CodeHeader) -> None:
+    """Raise UserError for codes that do not fit the model, or clusters that do not divide the codebook."""
+    wanted = list(config.gpt.codebook_sizes or header.codebook_sizes)
+    require_fit(header, config.codes.code_path, {
+        "codebook_sizes": (wanted, "--codebook-sizes"),
+        "grid_size": (model.grid_size, f"--image-size {config.gpt.image_size} / {config.gpt.downsample_size}"),
+        "num_classes": (model.num_classes, "--num-classes"),
+    })
+    size = config.objective.cluster_size
+    if config.objective.cluster_weight and any(codes % size for codes in header.codebook_sizes):
+        raise UserError(f"--cluster-size {size} does not divide the codebooks {header.codebook_sizes}: give the size that "
+                        "rearrange.py made.")

@@ -1,0 +1,125 @@
+"""Options of tokenizer training, and the recipes' defaults among them."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from utils.image_dataset import ImageOptions
+
+from tokenizer.tokenizer_image.perceptual import PerceptualNet
+from tokenizer.tokenizer_image.quantizer import QUANTIZERS
+from tokenizer.tokenizer_image.vq_loss import ADVERSARIAL, RECIPES
+from tokenizer.tokenizer_image.vq_model import VQ_models
+from utils.batches import BatchOptions
+from utils.config import Count, NonNegative, Positive, choices
+from utils.optim import OptimOptions, typed_schedule
+from utils.run import RunOptions
+
+
+@dataclass
+class AugmentationOptions:
+    """How training images are varied."""
+
+    random_crop: bool = True
+    """Train on random crops; off: centre crops."""
+    random_flip: bool = True
+    """Mirror half of the training images."""
+
+
+@dataclass
+class EvaluationOptions:
+    """What the tokenizer is evaluated on, and when."""
+
+    val_path: str = ""
+    """Evaluation images; empty: the training images, centre-cropped."""
+    val_limit: Count = 5000
+    """Evaluate on at most this many images, evenly over classes; 0: all."""
+    eval_every: Count = 5000
+    """Steps between evaluations; 0: only at the end."""
+
+
+@dataclass
+class TokenizerOptions:
+    """Which tokenizer to build."""
+
+    vq_model: Annotated[str, choices(VQ_models)] = "VQ-16"
+    """Preset of the autoencoder."""
+    quantizer: Annotated[str, choices(("auto", *QUANTIZERS))] = "auto"
+    """auto: single for --stage single, dual for the others; product: the unassociated dual codebook of table 7."""
+    codebook_sizes: tuple[Positive, ...] = ()
+    """Codes of each codebook; empty: 256 4096, or 16384 for a single one."""
+    code_dim: Positive = 8
+    """Dimension of a code."""
+    beta: NonNegative = 0.25
+    """Weight of the commitment term."""
+
+
+@dataclass
+class LossOptions:
+    """What the tokenizer is trained for (`vq_loss.py`)."""
+
+    recipe: Literal["paper", "released"] = "paper"
+    """Whose loss weights (the next three): equations 7 to 10 as printed, or those of the released code."""
+    pixel_weight: NonNegative = 1.0
+    """Weight of the squared error of pixels."""
+    perceptual_weight: NonNegative = 1.0
+    """Weight of LPIPS."""
+    disc_weight: NonNegative = 0.5
+    """Weight of the adversarial term, from --disc-start on."""
+    perceptual_net: PerceptualNet = "vgg"
+    """LPIPS backbone vgg, alex or squeeze; random (no download); or classifier, a local one."""
+    perceptual_file: str = ""
+    """Local weights: a torchvision state dict, or a classifier file; empty: the usual download."""
+    disc_loss: Annotated[str, choices(ADVERSARIAL)] = "hinge"
+    """Adversarial loss."""
+    disc_start: Count = 20_000
+    """First step of the adversarial term."""
+    disc_channels: Positive = 64
+    """Width of the discriminator."""
+    disc_layers: Count = 3
+    """Strided layers of the discriminator after the first."""
+    disc_adaptive_weight: bool = False
+    """Balance the adversarial term by gradient norms (VQGAN)."""
+
+
+@dataclass
+class CodebookOptions:
+    """Care of codebooks on small data; off by default, as in the paper."""
+
+    codebook_init: Literal["uniform", "kmeans"] = "uniform"
+    """Start of the codebook that this stage introduces."""
+    kmeans_vectors: Positive = 65_536
+    """Vectors that k-means sees."""
+    revive_every: Count = 0
+    """Steps between revivals of codes that were never chosen; 0: never."""
+
+
+@dataclass
+class VQTrainConfig:
+    """Options of tokenizer training."""
+
+    images: ImageOptions
+    run: RunOptions
+    augmentation: AugmentationOptions
+    evaluation: EvaluationOptions
+    tokenizer: TokenizerOptions
+    loss: LossOptions
+    codebook: CodebookOptions
+    batch: BatchOptions = field(default_factory=lambda: BatchOptions(epochs=40, global_batch_size=128))
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    stage: Literal["semantic", "dual", "single"] = "semantic"
+    """Stage 1, stage 2, or a single stage for all codebooks at once (LlamaGen)."""
+    init_from: str = ""
+    """Tokenizer whose weights start this run; stage 2 needs stage 1's result."""
+
+
+FIXED_OPTIONS = ("seed", "global_batch_size", "ema_decay", "recipe", "lr_schedule", "weight_decay", "pixel_weight",
+                 "perceptual_weight", "disc_weight")
+"""Options that must not change on resume."""
+
+
+def recipe(config: VQTrainConfig) -> dict[str, Any]:
+    """Defaults for --recipe and --stage: the loss weights, the run's folder."""
+    weights = RECIPES[config.loss.recipe, config.stage]
+    return {"pixel_weight": weights.pixel, "perceptual_weight": weights.perceptual, "disc_weight": weights.adversarial,
+            "run_dir": Path("runs/vq") / config.stage} | typed_schedule(config.optim)
