@@ -15,9 +15,10 @@ from tests.test_repository import option_classes
 from tokenizer.tokenizer_image import vq_train
 from utils.config import UserError, Values, check_options, declared_values, parse
 
-WORDS = {"--steps": "an integer of 0 or more", "--ema-decay": "a number from 0 to below 1", "--device": "one of auto, cuda, cpu",
-         "--lr": "a number of 0 or more", "--log-every": "an integer of 1 or more", "--window-size": "an odd integer of 3 or more",
-         "--top-p": "a number above 0 to 1", "--gpt-model": "one of GPT-tiny, GPT-small, GPT-B"}
+WORDS = {"--steps": "an integer of 0 or more", "--ema-decay": "a number from 0 to below 1", 
+         "--device": "one of auto, cuda, cpu", "--lr": "a number of 0 or more", "--log-every": "an integer of 1 or more",
+         "--window-size": "an odd integer of 3 or more", "--top-p": "a number above 0 to 1",
+         "--gpt-model": "one of GPT-tiny, GPT-small, GPT-B"}
 
 
 def check(sentence: str, option: str, value: str) -> None:
@@ -28,10 +29,10 @@ def check(sentence: str, option: str, value: str) -> None:
 
 @pytest.mark.parametrize("option, value", [
     ("--steps", "-3"), ("--ema-decay", "1.5"), ("--device", "tpu"), ("--semantic-weight", "-1"), ("--epochs", "-1"),
-    ("--weight-decay", "-1"), ("--max-grad-norm", "-1"), ("--head-layers", "-1"), ("--warmup-steps", "-1"), ("--eval-every", "-5"),
-    ("--global-batch-size", "0"), ("--lr", "nan"), ("--lr", "inf"), ("--dropout", "1.5"), ("--log-every", "0"), ("--seed", "-1"),
-    ("--num-workers", "-1"), ("--downsample-size", "0"), ("--beta1", "2"), ("--gpt-model", "GPT-Q"), ("--window-size", "4"),
-    ("--paradigm", "both"), ("--keep-checkpoints", "0")])
+    ("--weight-decay", "-1"), ("--max-grad-norm", "-1"), ("--head-layers", "-1"), ("--warmup-steps", "-1"),
+    ("--eval-every", "-5"), ("--global-batch-size", "0"), ("--lr", "nan"), ("--lr", "inf"), ("--dropout", "1.5"),
+    ("--log-every", "0"), ("--seed", "-1"), ("--num-workers", "-1"), ("--downsample-size", "0"), ("--beta1", "2"),
+    ("--gpt-model", "GPT-Q"), ("--window-size", "4"), ("--paradigm", "both"), ("--keep-checkpoints", "0")])
 def test_gpt_training(capsys, tmp_path, option, value):
     """Each of these was accepted, or ended in a traceback after the model was built."""
     options = ["--code-path", tmp_path / "codes", "--run-dir", tmp_path / "run", option, value]
@@ -40,9 +41,9 @@ def test_gpt_training(capsys, tmp_path, option, value):
 
 
 @pytest.mark.parametrize("option, values", [
-    ("--codebook-sizes", ("0", "4")), ("--code-dim", ("0",)), ("--image-size", ("0",)), ("--lr", ("nan",)), ("--val-limit", ("-1",)),
-    ("--beta", ("-1",)), ("--disc-layers", ("-1",)), ("--steps", ("-1",)), ("--vq-model", ("VQ-7",)), ("--device", ("tpu",)),
-    ("--kmeans-vectors", ("0",)), ("--quantizer", ("triple",))])
+    ("--codebook-sizes", ("0", "4")), ("--code-dim", ("0",)), ("--image-size", ("0",)), ("--lr", ("nan",)),
+    ("--val-limit", ("-1",)), ("--beta", ("-1",)), ("--disc-layers", ("-1",)), ("--steps", ("-1",)),
+    ("--vq-model", ("VQ-7",)), ("--device", ("tpu",)), ("--kmeans-vectors", ("0",)), ("--quantizer", ("triple",))])
 def test_tokenizer_training(capsys, tmp_path, option, values):
     """The same for the tokenizer's options, before the images are opened."""
     check(refused(capsys, vq_train.main, *vq(tmp_path / "nowhere", tmp_path / "run"), option, *values), option, values[0])
@@ -50,9 +51,9 @@ def test_tokenizer_training(capsys, tmp_path, option, values):
 
 
 @pytest.mark.parametrize("option, values", [
-    ("--cfg-scale", ("nan",)), ("--cfg-scale", ("1", "inf")), ("--seed", ("-1",)), ("--image-size-eval", ("-8",)), ("--top-p", ("0",)),
-    ("--temperature", ("-1",)), ("--top-k", ("-1",)), ("--guidance", ("none",)), ("--per-class", ("0",)), ("--batch-size", ("0",)),
-    ("--fine-temperature", ("-1",)), ("--cfg-interval", ("-2",))])
+    ("--cfg-scale", ("nan",)), ("--cfg-scale", ("1", "inf")), ("--seed", ("-1",)), ("--image-size-eval", ("-8",)),
+    ("--top-p", ("0",)), ("--temperature", ("-1",)), ("--top-k", ("-1",)), ("--guidance", ("none",)),
+    ("--per-class", ("0",)), ("--batch-size", ("0",)), ("--fine-temperature", ("-1",)), ("--cfg-interval", ("-2",))])
 @pytest.mark.parametrize("sampler", [sample_c2i, sample_c2i_ddp])
 def test_sampling(capsys, models, tmp_path, sampler, option, values):
     """NaN as a guidance scale gave 50,000 images of noise without a word."""

@@ -6,19 +6,20 @@ import importlib
 import re
 import subprocess
 from pathlib import Path
-from typing import get_args
+from typing import get_type_hints
 
-import numpy as np
 import pytest
-import torch
 
 from autoregressive.models import generate
-from autoregressive.models.gpt import load_gpt
+from autoregressive.models.gpt import GPT_models
+from autoregressive.models.guidance import GUIDANCE
 from autoregressive.models.paradigms import PARADIGMS
-from autoregressive.train.train_c2i import GPTOptions
+from autoregressive.train.options import GPTOptions
+from tests.conftest import export_models
 from tokenizer.tokenizer_image.quantizer import QUANTIZERS
-from tokenizer.tokenizer_image.vq_model import load_tokenizer
-from tokenizer.tokenizer_image.vq_train import VQTrainConfig
+from tokenizer.tokenizer_image.vq_model import VQ_models
+from tokenizer.tokenizer_image.vq_options import TokenizerOptions
+from utils.checkpoint import export, read_export
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ROOMS = ("tokenizer", "autoregressive", "evaluations", "utils", "scripts")
@@ -55,14 +56,37 @@ def test_top_level_is_llamagens():
 
 
 def test_files_and_functions_stay_small():
-    """A file over 500 lines, or a function over 60, is two."""
+    """A file over 400 lines (tests: 500), or a function over 50, is two."""
     for path in SOURCES + TESTS:
         text = path.read_text()
-        assert len(text.splitlines()) <= 500, relative(path)
+        assert len(text.splitlines()) <= (500 if path in TESTS else 400), relative(path)
         for function, _ in functions(ast.parse(text)):
-            assert function.end_lineno - function.lineno + 1 <= 60, f"{relative(path)}: {function.name}"
+            assert function.end_lineno - function.lineno + 1 <= 50, f"{relative(path)}: {function.name}"
         for number, line in enumerate(text.splitlines(), 1):
             assert len(line) <= 130, f"{relative(path)}:{number}"
+
+
+MAY_IMPORT = {"utils": {"utils"}, "tokenizer": {"tokenizer", "utils"}, "evaluations": {"evaluations", "utils"},
+              "autoregressive": {"autoregressive", "tokenizer", "utils"}, "scripts": set(ROOMS)}
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """The first parts of all names that a file imports, also inside functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+def test_imports_point_down_only():
+    """A room that imports from above cannot be read, tested or used without it."""
+    for path in SOURCES:
+        room = relative(path).split("/")[0]
+        upward = imported_rooms(path) & set(ROOMS) - MAY_IMPORT[room]
+        assert not upward, f"{relative(path)} imports {upward}"
 
 
 def test_everything_public_is_documented():
@@ -129,11 +153,11 @@ def test_every_flag_is_read_somewhere():
 
 
 def test_options_name_every_row_of_their_tables():
-    """A paradigm, quantizer or guidance schedule that is in its table but no choice of its option cannot be had."""
-    for owner, option, rows in ((generate.SamplingOptions, "guidance", generate.GUIDANCE),
-                                (GPTOptions, "paradigm", ["auto", *PARADIGMS]),
-                                (VQTrainConfig, "quantizer", ["auto", *QUANTIZERS])):
-        assert list(get_args(owner.__annotations__[option])) == list(rows), option
+    """A row that is no choice of its option cannot be had, and --help must list it."""
+    for owner, option, rows in ((generate.SamplingOptions, "guidance", GUIDANCE), (GPTOptions, "gpt_model", GPT_models),
+                                (GPTOptions, "paradigm", ["auto", *PARADIGMS]), (TokenizerOptions, "vq_model", VQ_models),
+                                (TokenizerOptions, "quantizer", ["auto", *QUANTIZERS])):
+        assert get_type_hints(owner, include_extras=True)[option].__metadata__[0].metavar == "{" + ",".join(rows) + "}"
 
 
 def test_every_flag_is_explained():
@@ -151,17 +175,15 @@ def test_torch_load_never_unpickles_objects():
             assert "weights_only=True" in call, f"{relative(path)}: {call}"
 
 
-def test_the_readme_example_in_python_runs(models):
-    """The first lines a user copies."""
-    def load(path: str):
-        gpt = load_gpt(models[0])
-        gpt.provenance.sampling = {"guidance": "attention", "cfg_scale": [1.5, 3.0], "cfg_attention_weight": 0.1}
-        return gpt
-
+def test_the_readme_example_in_python_runs(tmp_path, monkeypatch):
+    """The first lines a user copies, as they stand: with all imports and all variables."""
+    monkeypatch.chdir(tmp_path)
+    gpt, _ = export_models(tmp_path / "released" / "iar2")
+    description, tensors = read_export(gpt, "gpt", "--gpt-ckpt")
+    preset = {"guidance": "attention", "cfg_scale": [1.5, 3.0], "cfg_attention_weight": 0.1}
+    export(gpt, "gpt", tensors, description | {"sampling": preset})
     block = re.search(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL).group(1)
-    names = {"load_gpt": load, "load_tokenizer": lambda path: load_tokenizer(models[1]), "draw_uniforms": generate.draw_uniforms,
-             "generate": generate.generate, "carried_sampling": generate.carried_sampling, "np": np,
-             "images": torch.rand(2, 3, 32, 32) * 2 - 1, "labels": torch.tensor([0, 2])}
+    names: dict = {}
     exec(block, names)
     assert names["images"].shape == (2, 3, 32, 32)
     assert [tuple(part.shape) for part in names["logits"]] == [(2, 16, 8), (2, 16, 16)]

@@ -15,7 +15,8 @@ from autoregressive.models.gpt import build_gpt, load_gpt
 from autoregressive.sample import sample_c2i_ddp
 from autoregressive.sample.pipeline import ModelOptions, Pipeline
 from autoregressive.train import evaluate_c2i, train_c2i
-from autoregressive.train.train_c2i import TrainConfig, recipe
+from autoregressive.train.dry_run import print_dry_run
+from autoregressive.train.options import TrainConfig, recipe
 from evaluations.c2i.judge import judge
 from scripts.paper import sweep_c2i, table
 from tests.conftest import TINY_VQ, call, command, losses, randomise
@@ -203,8 +204,8 @@ def test_both_stages_of_ctf_train_by_one_recipe(world, size, capsys):
             "--num-classes", "3", "--code-map", str(world / "ctf" / f"{which}_map.safetensors"), *extra])
 
     coarse, fine = options("coarse"), options("fine")
-    assert replace(coarse, code_map="") == replace(fine, code_map="")
-    train_c2i.print_dry_run(options("fine", "--device", "cpu"), setup("cpu"))
+    assert replace(coarse, codes=fine.codes) == fine
+    print_dry_run(options("fine", "--device", "cpu"), setup("cpu"))
     parameters = int(re.search(r"parameters +([\d,]+)", capsys.readouterr().out).group(1).replace(",", ""))
     with torch.device("meta"):
         expected = build_gpt(size, paradigm="fine", codebook_sizes=(4, 16), num_classes=3, grid_size=24)
