@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests.conftest import TINY_VQ, call
-from tokenizer.tokenizer_image import rearrange
-from tokenizer.tokenizer_image.rearrange import balanced_kmeans, coarse_labels, neighbour_order, objective
+from tokenizer.tokenizer_image import kmeans, rearrange
+from tokenizer.tokenizer_image.kmeans import balanced_kmeans, objective, plain_kmeans
+from tokenizer.tokenizer_image.rearrange import neighbour_order
 from tokenizer.tokenizer_image.vq_model import VQModel, load_tokenizer
 from utils.checkpoint import export, fingerprint, read_export
 from utils.code_map import load_code_map
@@ -79,7 +80,7 @@ def test_balanced_clusters_are_equal_and_no_worse_than_greedy(kind):
     """IAR's ranges of codes need equal clusters; a looser clustering than the release's would be a worse method."""
     for codes, clusters, seed in ((512, 16, 3), (512, 16, 5), (256, 32, 5)):
         vectors = codebook(kind, codes, seed)
-        labels = balanced_kmeans(vectors, clusters, seed)
+        labels, _ = balanced_kmeans(vectors, clusters, seed)
         assert labels.dtype == np.int64
         assert np.bincount(labels, minlength=clusters).tolist() == [codes // clusters] * clusters
         assert objective(vectors, labels) <= greedy_kmeans(vectors, clusters, seed)
@@ -93,8 +94,8 @@ def test_balanced_assignment_is_the_cheapest():
     for spread in (10**6, 5):  # 5: nearly all costs are ties
         for _ in range(5):
             cost = rng.integers(0, spread, (96, 8)).astype(np.int32)
-            prices, choices = rearrange.search_prices(cost, np.zeros(8, np.int32), 12, np.eye(8))
-            labels, prices = rearrange.settle(cost, prices, choices, 12)
+            prices, choices = kmeans.search_prices(cost, np.zeros(8, np.int32), 12, np.eye(8))
+            labels, prices = kmeans.settle(cost, prices, choices, 12)
             slots = np.repeat(cost, 12, axis=1)
             assert np.bincount(labels, minlength=8).tolist() == [12] * 8
             assert cost[np.arange(96), labels].sum() == slots[linear_sum_assignment(slots)].sum()
@@ -104,20 +105,20 @@ def test_balanced_assignment_is_the_cheapest():
 def test_balanced_objective_never_rises_and_converges(caplog):
     """Otherwise the result would depend on where the iterations were cut off."""
     vectors = codebook("even", 256)
-    reached = [objective(vectors, balanced_kmeans(vectors, 8, 0, stop)) for stop in (1, 2, 3, 5, 8, 13)]
+    reached = [objective(vectors, balanced_kmeans(vectors, 8, 0, stop)[0]) for stop in (1, 2, 3, 5, 8, 13)]
     assert all(later <= earlier for earlier, later in zip(reached, reached[1:]))
     assert "before it had converged" in caplog.text
     caplog.clear()
-    labels, iterations = rearrange.balanced_lloyd(vectors, 8)
+    labels, iterations = balanced_kmeans(vectors, 8)
     assert iterations < 200 and not caplog.text and objective(vectors, labels) <= reached[-1]
-    assert np.array_equal(labels, rearrange.balanced_lloyd(vectors, 8, 0, iterations + 100)[0])
+    assert np.array_equal(labels, balanced_kmeans(vectors, 8, 0, iterations + 100)[0])
 
 
 def test_balanced_clusters_repeat_and_need_a_divisor():
     """A code map must be reproducible from its seed, and unequal clusters are no ranges."""
     vectors = codebook("even", 128)
-    assert np.array_equal(balanced_kmeans(vectors, 8, 3), balanced_kmeans(vectors, 8, 3))
-    assert not np.array_equal(balanced_kmeans(vectors, 8, 3), balanced_kmeans(vectors, 8, 4))
+    assert np.array_equal(balanced_kmeans(vectors, 8, 3)[0], balanced_kmeans(vectors, 8, 3)[0])
+    assert not np.array_equal(balanced_kmeans(vectors, 8, 3)[0], balanced_kmeans(vectors, 8, 4)[0])
     for clusters in (0, 7, 256):
         with pytest.raises(UserError, match=f"--clusters {clusters} .* 128"):
             balanced_kmeans(vectors, clusters)
@@ -127,7 +128,7 @@ def test_balanced_clusters_repeat_and_need_a_divisor():
 def test_equal_vectors_still_give_equal_clusters_and_a_permutation(clusters):
     """A collapsed codebook holds many copies of one code; every copy needs a place of its own."""
     for vectors in (np.ones((64, 8), np.float32), np.zeros((64, 8), np.float32), codebook("repeated", 64)):
-        labels = balanced_kmeans(vectors, clusters)
+        labels, _ = balanced_kmeans(vectors, clusters)
         assert np.bincount(labels).tolist() == [64 // clusters] * clusters
         assert np.array_equal(np.sort(neighbour_order(vectors, labels)), np.arange(64))
 
@@ -136,7 +137,7 @@ def test_equal_vectors_still_give_equal_clusters_and_a_permutation(clusters):
 def test_order_is_a_chain_grown_both_ways(codes):
     """Nearby indices must be nearby vectors: the cluster is the range, the chain is the order inside it."""
     vectors = codebook("even", codes)
-    labels = balanced_kmeans(vectors, 4)
+    labels, _ = balanced_kmeans(vectors, 4)
     order = neighbour_order(vectors, labels)
     assert np.array_equal(labels[order], np.repeat(np.arange(4), codes // 4))
     for chain in vectors.astype(np.float64)[order].reshape(4, codes // 4, 8):
@@ -152,15 +153,15 @@ def test_order_is_a_chain_grown_both_ways(codes):
 def test_coarse_labels_are_in_range_even_where_kmeans_degenerates():
     """CTF's coarse head has one class a label; as many clusters as codes must be the plain model again."""
     vectors = codebook("even", 64)
-    assert np.array_equal(coarse_labels(vectors, 64), np.arange(64))
-    labels = coarse_labels(vectors, 8, seed=1)
+    assert np.array_equal(plain_kmeans(vectors, 64)[0], np.arange(64))
+    labels, _ = plain_kmeans(vectors, 8, seed=1)
     assert labels.dtype == np.int64 and set(labels) == set(range(8))
-    assert np.array_equal(labels, coarse_labels(vectors, 8, seed=1))
+    assert np.array_equal(labels, plain_kmeans(vectors, 8, seed=1)[0])
     for copies in (np.ones((64, 8), np.float32), codebook("repeated", 64)):
-        labels = coarse_labels(copies, 32)
+        labels, _ = plain_kmeans(copies, 32)
         assert labels.min() >= 0 and labels.max() < 32
     with pytest.raises(UserError, match="--clusters 65"):
-        coarse_labels(vectors, 65)
+        plain_kmeans(vectors, 65)
 
 
 def test_balanced_files_decode_to_the_same_images(tmp_path):

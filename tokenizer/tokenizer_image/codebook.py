@@ -8,9 +8,9 @@ import logging
 
 import torch
 import torch.nn.functional as F
-from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor, nn
 
+from tokenizer.tokenizer_image.kmeans import minibatch_kmeans
 from tokenizer.tokenizer_image.quantizer import VectorQuantizer, nearest
 from utils.code_shards import STREAMS
 from utils.config import UserError
@@ -56,41 +56,38 @@ class CodeUsage:
 
 def warn_of_collapse(figures: dict[str, float], images: int, cells: int, sizes: tuple[int, ...]) -> None:
     """Log a loud warning for every codebook of which less than half is used, where the set was large enough to tell."""
-    for (name, value), size in zip(((n, v) for n, v in figures.items() if n.startswith("usage_")), sizes):
-        if value < 0.5 and images * cells >= 4 * size:
+    for name, size in zip(STREAMS[len(sizes)], sizes):
+        usage = figures.get(f"usage_{name}", 1.0)  # a stage that leaves a codebook out has no figure of it
+        if usage < 0.5 and images * cells >= 4 * size:
             log.warning("CODEBOOK COLLAPSE: only %.1f%% of the %d codes of the %s codebook are used over %d images; "
-                        "try --codebook-init kmeans and --revive-every 100", 100 * value, size, name[6:], images)
+                        "try --codebook-init kmeans and --revive-every 100", 100 * usage, size, name, images)
 
 
 @torch.no_grad()
 def whiten_projection(projection: nn.Conv2d, encoded: Tensor, processes: Processes) -> None:
-    """Make a 1x1 projection give the whitened principal components of encoder outputs [B, C, h, w].
+    """Set a 1x1 projection to give the whitened principal components of encoder outputs [B, C, h, w].
 
-    A fresh encoder's outputs point almost one way; on the unit sphere they would all fall on a few codes, and the
-    commitment term would hold them there.
+    The outputs of a fresh encoder have almost the same direction.  On the unit sphere they would all be nearest to a few
+    codes, and the commitment term would keep them there.
     """
     vectors = encoded.double().movedim(1, -1).flatten(0, 2)                        # [M, C]
     mean = vectors.mean(0)
     variance, directions = torch.linalg.eigh(torch.cov(vectors.T))                 # ascending
     kept = projection.out_channels
     rows = (directions[:, -kept:] / variance[-kept:].clamp_min(1e-12).sqrt()).T    # [d, C]
-    projection.weight.copy_(rows[..., None, None])
-    projection.bias.copy_(-rows @ mean)
-    for tensor in (projection.weight.data, projection.bias.data):
-        broadcast(tensor, processes)
+    for parameter, value in zip(projection.parameters(), (rows[..., None, None], -rows @ mean), strict=True):
+        broadcast(parameter.data.copy_(value), processes)
 
 
 @torch.no_grad()
 def initialise_codebook(quantizer: VectorQuantizer, stream: int, vectors: Tensor, seed: int, processes: Processes) -> None:
-    """Set one codebook to the k-means centres of vectors [M, d], the main process's on all processes."""
+    """Set one codebook, on all processes, to the k-means centres of the main process's vectors [M, d]."""
     book = quantizer.codebooks[stream]
     if processes.is_main:
         data = vectors.float().cpu().numpy()
         if len(data) < len(book):
             raise UserError(f"--kmeans-vectors gave {len(data)} vectors for {len(book)} codes: raise it, or use more images.")
-        # k-means++ picks far points: plain picks would fall many times on the same background patch.
-        kmeans = MiniBatchKMeans(len(book), batch_size=4096, n_init=1, max_iter=20, random_state=seed).fit(data)
-        centres = torch.from_numpy(kmeans.cluster_centers_).to(book)
+        centres = torch.from_numpy(minibatch_kmeans(data, len(book), seed)).to(book)
         book.copy_(F.normalize(centres, dim=-1) if stream == 0 else centres)
     broadcast(book.data, processes)
 
@@ -100,19 +97,20 @@ def revive_dead_codes(quantizer: VectorQuantizer, stream: int, counts: Tensor, v
                       optimizer: torch.optim.Optimizer, processes: Processes) -> int:
     """Move the codes that were never chosen onto random vectors [M, d] of this batch; returns how many.
 
-    counts: [K] since the last revival, summed over processes.  The optimizer's moments of moved codes start anew.
+    counts: [K] since the last revival, summed over processes.  The optimizer's moments of moved codes start anew; a codebook
+    that is not trained has none.
     """
     book = quantizer.codebooks[stream]
     dead = (counts == 0).nonzero()[:, 0]
     if len(dead) == 0:
         return 0
-    # Vectors far from every code first (as in k-means++), slightly displaced so that equal ones part again.
+    # Vectors far from every code are likelier (as in k-means++); a small displacement separates equal ones.
     table = quantizer.table(stream)
     distance = (vectors - table[nearest(vectors, table)]).square().sum(1)
     chosen = vectors[torch.multinomial(distance + 1e-9, len(dead), replacement=True)]
     chosen = chosen + 0.01 * vectors.std() * torch.randn_like(chosen)
     book[dead] = broadcast(chosen.to(book), processes)
-    for moment in optimizer.state[book].values():
+    for moment in optimizer.state.get(book, {}).values():
         if moment.shape == book.shape:
             moment[dead] = 0
     return len(dead)
