@@ -1,4 +1,4 @@
-"""Images into npz files without losing finished rows (utils/npz.py), and the reference npz (tokenizer/validation)."""
+"""Images into npz files without losing finished rows (utils/image_store.py), and the reference npz (tokenizer/validation)."""
 
 import errno
 import json
@@ -10,18 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tokenizer.validation import val_ddp
-from utils import npz
+from utils import image_store
 from utils.config import UserError
 from utils.crops import center_crop
+from utils.distributed import Processes
+from utils.image_store import ImageStore, already_finished
 from utils.images import open_images
-from utils.npz import ImageStore, already_finished, array_header, array_keys, open_array
+from utils.npz import NPZ_ERRORS, array_header, array_keys, open_array
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = (10, 4, 5, 3)
 IDENTITY = {"seed": 0, "scale": [1.5, 2.0]}
+ALONE = Processes(0, 1, 0, torch.device("cpu"))
 
 
 def pixels(count: int = 10) -> np.ndarray:
@@ -57,7 +61,7 @@ def test_arrays_open_without_being_read(tmp_path: Path, save: object, mapped: bo
 def test_python_objects_are_refused(tmp_path: Path, save: object) -> None:
     """A pickle inside a downloaded npz could run anything."""
     save(tmp_path / "x.npz", a=np.array([{}, None]))
-    with pytest.raises(npz.NPZ_ERRORS):
+    with pytest.raises(NPZ_ERRORS):
         open_array(tmp_path / "x.npz", "a")
 
 
@@ -72,7 +76,7 @@ def test_rows_in_any_order_become_one_npz(tmp_path: Path) -> None:
     for part in (order[:6], order[6:]):
         store.write(part, pixels()[part])
     assert not path.exists()
-    assert store.finish(arr_1=np.arange(10), kind=np.array("samples")) == 10
+    assert store.finish(ALONE, arr_1=np.arange(10), kind=np.array("samples")) == 10
     with np.load(path) as data:
         assert list(data) == ["arr_0", "arr_1", "kind"]
         assert np.array_equal(data["arr_0"], pixels()) and np.array_equal(data["arr_1"], np.arange(10))
@@ -94,7 +98,7 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """A write may take fewer bytes than it was given, past 2 GB always; the rest must not be lost."""
     pwrite = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:7], at))
-    filled(tmp_path / "out.npz").finish()
+    filled(tmp_path / "out.npz").finish(ALONE)
     assert np.array_equal(open_array(tmp_path / "out.npz", "arr_0"), pixels())
 
 
@@ -104,7 +108,7 @@ def test_images_are_written_before_they_are_marked(tmp_path: Path, monkeypatch: 
     pwrite = os.pwrite
 
     def fail_on_images(fd: int, data: memoryview, at: int) -> int:
-        if fd == store._images.fileno():
+        if fd == store._files.images.fileno():
             raise OSError(errno.EIO, "input/output error")
         return pwrite(fd, data, at)
 
@@ -116,17 +120,17 @@ def test_images_are_written_before_they_are_marked(tmp_path: Path, monkeypatch: 
 
 def test_a_crash_costs_only_what_was_not_written(tmp_path: Path) -> None:
     """The same command after a crash carries on: finished rows are hours of a GPU."""
-    code = ("import os, sys, numpy as np; from pathlib import Path; from utils.npz import ImageStore\n"
+    code = ("import os, sys, numpy as np; from pathlib import Path; from utils.image_store import ImageStore\n"
             "store = ImageStore(Path(sys.argv[1]), (10, 4, 5, 3), {'seed': 0, 'scale': (1.5, 2.0)})\n"
             "store.write(np.arange(2, 6), np.full((4, 4, 5, 3), 7, np.uint8)); store.mark_skipped(np.array([8]))\n"
             "os.kill(os.getpid(), 9)")
     path = tmp_path / "out.npz"
     assert subprocess.run([sys.executable, "-c", code, path], cwd=ROOT).returncode == -9
     store = ImageStore(path, SHAPE, IDENTITY)
-    assert store.missing().tolist() == [0, 1, 6, 7, 9] and store.skipped().tolist() == [8]
+    assert store.missing().tolist() == [0, 1, 6, 7, 9]
     rows = store.missing()
     store.write(rows, pixels()[rows])
-    assert store.finish() == 9
+    assert store.finish(ALONE) == 9
     expected = pixels()
     expected[2:6] = 7
     assert np.array_equal(open_array(path, "arr_0"), np.delete(expected, 8, 0))
@@ -134,26 +138,26 @@ def test_a_crash_costs_only_what_was_not_written(tmp_path: Path) -> None:
 
 def test_two_processes_write_one_store(tmp_path: Path) -> None:
     """Every rank opens the same store, at the same time and uncreated, and writes its rows straight into it."""
-    code = ("import sys, numpy as np; from pathlib import Path; from utils.npz import ImageStore\n"
+    code = ("import sys, numpy as np; from pathlib import Path; from utils.image_store import ImageStore\n"
             "rank = int(sys.argv[2]); store = ImageStore(Path(sys.argv[1]), (400, 4, 5, 3), {'seed': 0})\n"
             "for row in range(rank, 400, 2):\n"
             "    store.write(np.array([row]), np.full((1, 4, 5, 3), row % 251, np.uint8))")
     path = tmp_path / "out.npz"
     workers = [subprocess.Popen([sys.executable, "-c", code, path, str(rank)], cwd=ROOT) for rank in range(2)]
     assert [worker.wait() for worker in workers] == [0, 0]
-    assert ImageStore(path, (400, 4, 5, 3), {"seed": 0}).finish(arr_1=np.arange(400)) == 400
+    assert ImageStore(path, (400, 4, 5, 3), {"seed": 0}).finish(ALONE, arr_1=np.arange(400)) == 400
     images = open_array(path, "arr_0")
     assert (images == (np.arange(400) % 251)[:, None, None, None]).all()
 
 
 def test_skipped_rows_leave_all_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An image left out must take its label along, or every label after it is wrong; also across chunks."""
-    monkeypatch.setattr(npz, "_CHUNK_BYTES", 3 * 60)
+    monkeypatch.setattr(image_store, "_CHUNK_BYTES", 3 * 60)
     store = ImageStore(tmp_path / "out.npz", SHAPE, IDENTITY)
     kept = np.array([0, 2, 3, 4, 5, 9])
     store.write(kept, pixels()[kept])
     store.mark_skipped(np.array([1, 6, 7, 8]))
-    assert store.finish(arr_1=np.arange(10), kind=np.array("x")) == 6
+    assert store.finish(ALONE, arr_1=np.arange(10), kind=np.array("x")) == 6
     with np.load(tmp_path / "out.npz") as data:
         assert np.array_equal(data["arr_0"], pixels()[kept]) and data["arr_1"].tolist() == kept.tolist()
 
@@ -209,8 +213,8 @@ def test_a_full_disk_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_small_disk_is_mentioned_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                 caplog: pytest.LogCaptureFixture) -> None:
     """Fifty thousand images need 20 GB while they are made; the user should know before the night."""
-    usage = npz.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(npz.shutil, "disk_usage", lambda _: usage._replace(free=2_000_000_000))
+    usage = image_store.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(image_store.shutil, "disk_usage", lambda _: usage._replace(free=2_000_000_000))
     ImageStore(tmp_path / "out.npz", (50_000, 256, 256, 3), {})
     assert "needs 19.7 GB while it is made, and 2.0 GB are free" in caplog.text
 
@@ -224,9 +228,9 @@ def test_a_failed_finish_leaves_the_store_and_no_debris(tmp_path: Path, monkeypa
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="free space"):
         patch.setattr(os, "replace", fail)
-        store.finish()
+        store.finish(ALONE)
     assert os.listdir(tmp_path) == ["out.partial"]
-    assert ImageStore(tmp_path / "out.npz", SHAPE, IDENTITY).finish() == 10
+    assert ImageStore(tmp_path / "out.npz", SHAPE, IDENTITY).finish(ALONE) == 10
 
 
 def test_finish_refuses_gaps_and_arrays_of_another_length(tmp_path: Path) -> None:
@@ -234,11 +238,11 @@ def test_finish_refuses_gaps_and_arrays_of_another_length(tmp_path: Path) -> Non
     store = ImageStore(tmp_path / "out.npz", SHAPE, IDENTITY)
     store.write(np.arange(9), pixels()[:9])
     with pytest.raises(RuntimeError, match="1 of 10 rows are missing, the first is 9"):
-        store.finish()
+        store.finish(ALONE)
     store.write(np.array([9]), pixels()[9:])
     for arrays in ({"arr_1": np.arange(9)}, {"arr_0": np.arange(10)}):
         with pytest.raises(ValueError, match="neither a scalar nor an array of 10 rows"):
-            store.finish(**arrays)
+            store.finish(ALONE, **arrays)
 
 
 def test_nothing_readable_is_a_mistake_of_the_data(tmp_path: Path) -> None:
@@ -246,7 +250,7 @@ def test_nothing_readable_is_a_mistake_of_the_data(tmp_path: Path) -> None:
     store = ImageStore(tmp_path / "out.npz", SHAPE, IDENTITY)
     store.mark_skipped(np.arange(10))
     with pytest.raises(UserError, match="would hold no image because all 10 were skipped: check the images, then"):
-        store.finish()
+        store.finish(ALONE)
 
 
 @pytest.mark.parametrize("rows, images", [
@@ -270,7 +274,7 @@ def test_a_finished_file_knows_its_options(tmp_path: Path) -> None:
     """The same command again must do nothing, and another one must not take or overwrite the result."""
     path = tmp_path / "out.npz"
     assert not already_finished(path, SHAPE, IDENTITY)
-    filled(path).finish()
+    filled(path).finish(ALONE)
     (tmp_path / "out.partial").mkdir()  # as after a crash between renaming and removing
     assert already_finished(path, SHAPE, {"scale": (1.5, 2.0), "seed": 0})
     assert os.listdir(tmp_path) == ["out.npz"]
@@ -369,8 +373,8 @@ def test_reference_of_a_limited_number(folder: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (("--image-size", 0), "--image-size 0 is not a size in pixels"), (("--limit", -1), "--limit -1 is negative"),
-    (("--num-workers", -1), "--num-workers -1 is negative"), (("--out", "ref"), "--out 'ref' is not the name of an"),
+    (("--image-size", 0), "--image-size 0 is out of range"), (("--limit", -1), "--limit -1 is out of range"),
+    (("--num-workers", -1), "--num-workers -1 is out of range"), (("--out", "ref"), "--out 'ref' is not the name of an"),
     (("--data-path", "/nowhere"), "--data-path '/nowhere' does not exist")])
 def test_val_mistakes_are_told_first(folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[object, ...],
                                      sentence: str) -> None:

@@ -18,7 +18,7 @@ from utils.checkpoint import export, fingerprint
 from utils.classifier import ClassifierConfig, SmallClassifier, load_classifier
 from utils.config import UserError
 from utils.crops import to_tensor
-from utils.npz import ImageStore
+from utils.image_store import ImageStore
 
 
 def export_classifier(path: Path, num_classes: int = 3, seed: int = 0) -> Path:
@@ -222,9 +222,9 @@ def test_mistakes_are_told_before_anything_is_drawn(models, resnet, tmp_path, dr
     torch.save({"fc.weight": torch.zeros(7, 512)}, tmp_path / "seven.pth")
     two, resnet18 = ("--rejection-ratio", 2), ("--classifier", "resnet18", "--classifier-weights")
     for extra, sentence in (
-            (("--rejection-ratio", 0), "--rejection-ratio 0 and"),
+            (("--rejection-ratio", 0), "--rejection-ratio 0 is out of range"),
             (two, "--rejection-ratio 2 has nothing to select by: give --classifier"),
-            ((*two, "--classifier", small, "--classifier-batch-size", 0), "--classifier-batch-size 0"),
+            ((*two, "--classifier", small, "--classifier-batch-size", 0), "--classifier-batch-size 0 is out of range"),
             ((*two, "--classifier", "resnet1"), "--classifier resnet1 is neither a file nor a model of timm"),
             ((*two, "--classifier", "resnet18.x"), "--classifier resnet18.x is neither a file nor"),
             ((*two, "--classifier", tmp_path / "no.safetensors"), "no.safetensors does not exist"),

@@ -37,7 +37,7 @@ class ImageOptions:
     image_size: Positive = 256
     """Side of the square images in pixels."""
     num_workers: Count = 8
-    """Loader processes for each training process."""
+    """Processes that load images, for each process of torchrun; 0: none."""
 
 
 class ImageDataset(Dataset[tuple[Tensor, int, int]]):
@@ -142,11 +142,21 @@ class CropDataset(Dataset[tuple[int, Tensor | None]]):
         return row, torch.from_numpy(np.ascontiguousarray(self.crop(image)))
 
 
-def collate_crops(items: list[tuple[int, Tensor | None]]) -> tuple[np.ndarray, Tensor | None, np.ndarray]:
+def _collate_crops(items: list[tuple[int, Tensor | None]]) -> tuple[np.ndarray, Tensor | None, np.ndarray]:
     """Items of a CropDataset -> (readable rows [n], their crops [n, ...] or None if n is 0, unreadable rows)."""
     rows = [row for row, crops in items if crops is not None]
     stacked = torch.stack([crops for _, crops in items if crops is not None]) if rows else None
     return np.array(rows, np.int64), stacked, np.array([row for row, crops in items if crops is None], np.int64)
+
+
+def crop_loader(source: ImageSource, rows: np.ndarray, crop: Callable[[np.ndarray], np.ndarray], batch_size: int,
+                num_workers: int) -> DataLoader:
+    """Batches over the given rows, in order: (readable rows [n], their crops uint8 [n, ...] or None, unreadable rows).
+
+    Takes what CropDataset takes; batch_size: images.
+    """
+    workers = min(num_workers, -(-len(rows) // batch_size))
+    return DataLoader(CropDataset(source, rows, crop), batch_size, num_workers=workers, collate_fn=_collate_crops)
 
 
 def train_loader(dataset: Dataset, batches: GlobalBatches, num_workers: int) -> DataLoader:

@@ -20,11 +20,12 @@ from tqdm import tqdm
 
 from utils.checkpoint import fingerprint
 from utils.classifier import load_classifier
-from utils.config import UserError
+from utils.config import Positive, UserError
 from utils.crops import to_tensor
 from utils.distributed import Processes, all_reduce_sum
 from utils.files import check_exists
-from utils.npz import ImageStore, open_array
+from utils.image_store import ImageStore
+from utils.npz import open_array
 
 log = logging.getLogger("rejection")
 
@@ -35,14 +36,14 @@ _COPY_ROWS = 256  # selected images in memory at once
 class RejectionOptions:
     """How many candidates are drawn and what selects among them."""
 
-    rejection_ratio: int = 1
+    rejection_ratio: Positive = 1
     """Candidates drawn for each sample that is kept; 1: no rejection sampling."""
     classifier: str = ""
     """What selects: a timm model by name (downloaded), or a file of evaluations/c2i/classifier.py.
     Its classes must be the GPT's in the same order: another number is refused, another order cannot be noticed."""
     classifier_weights: Path | None = None
     """Local file with the weights of the timm model, instead of its download."""
-    classifier_batch_size: int = 64
+    classifier_batch_size: Positive = 64
     """Candidates a process classifies at once."""
 
 
@@ -62,9 +63,6 @@ class Selector:
 def check_rejection(options: RejectionOptions) -> None:
     """Raise UserError for options that cannot be meant."""
     ratio = options.rejection_ratio
-    if ratio < 1 or options.classifier_batch_size < 1:
-        raise UserError(f"--rejection-ratio {ratio} and --classifier-batch-size {options.classifier_batch_size} must "
-                        "be at least 1: --rejection-ratio 1 means no rejection sampling.")
     if ratio > 1 and not options.classifier:
         raise UserError(f"--rejection-ratio {ratio} has nothing to select by: give --classifier, a timm model or a "
                         "file of evaluations/c2i/classifier.py.")
@@ -192,13 +190,9 @@ def keep_best(selector: Selector, candidates: Path, out: Path, labels: np.ndarra
     for first in range(0, len(share), _COPY_ROWS):
         rows = share[first : first + _COPY_ROWS]
         store.write(rows, images[chosen[rows]])
-    if not processes.is_main:
-        store.close()
-    processes.barrier()
-    if processes.is_main:
-        kept, drawn = float(scores[chosen].mean()), float(scores.mean())
-        means = {"mean_probability_kept": kept, "mean_probability_candidates": drawn}
-        options = {**about, "rejection": about["rejection"] | means}
-        store.finish(arr_1=labels, kind=np.array("samples"), options=np.array(json.dumps(options)))
-        log.info("rejection sampling by %s kept %d of %d candidates: mean probability of their class %.4f, before %.4f",
-                 selector.name, len(labels), len(scores), kept, drawn)
+    kept, drawn = float(scores[chosen].mean()), float(scores.mean())
+    means = {"mean_probability_kept": kept, "mean_probability_candidates": drawn}
+    options = {**about, "rejection": about["rejection"] | means}
+    store.finish(processes, arr_1=labels, kind=np.array("samples"), options=np.array(json.dumps(options)))
+    log.info("rejection sampling by %s kept %d of %d candidates: mean probability of their class %.4f, before %.4f",
+             selector.name, len(labels), len(scores), kept, drawn)

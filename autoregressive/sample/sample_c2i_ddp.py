@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its path
 
 import numpy as np
 from tqdm import tqdm
@@ -31,11 +30,12 @@ from autoregressive.sample.rejection import (
     keep_best,
     load_selector,
 )
-from utils.config import UserError, parse, run_main, to_dict
+from utils.config import Count, Positive, parse, run_main, to_dict
 from utils.distributed import Processes, setup
 from utils.files import write_json
-from utils.images import image_grid
-from utils.npz import ImageStore, already_finished, open_array
+from utils.image_store import ImageStore, already_finished
+from utils.npz import open_array
+from utils.pictures import image_grid
 from utils.run import set_up_logging
 
 log = logging.getLogger("sample_c2i_ddp")
@@ -51,21 +51,19 @@ class SampleConfig:
     rejection: RejectionOptions
     out: Path = Path("samples/samples.npz")
     """npz to write."""
-    per_class: int = 50
+    per_class: Positive = 50
     """Samples of each class."""
-    num_samples: int = 0
+    num_samples: Count = 0
     """Samples in all, classes in turn; 0: --per-class of every class."""
     random_labels: bool = False
     """Draw labels at random instead of evenly; ADM's protocol is even."""
-    batch_size: int = 64
+    batch_size: Positive = 64
     """Samples a process draws at once."""
 
 
 def make_labels(config: SampleConfig, num_classes: int) -> np.ndarray:
     """Class ids of all samples [M]: in turn, or drawn from (seed, sample) where --random-labels asks."""
     count = config.num_samples or config.per_class * num_classes
-    if count < 1 or config.batch_size < 1:
-        raise UserError(f"--num-samples {count} and --batch-size {config.batch_size} must be at least 1.")
     if config.random_labels:
         # A key that no sample index reaches: labels do not disturb the draws of codes.
         key = np.array([config.sampling.seed, 2**63], dtype=np.uint64)
@@ -90,7 +88,7 @@ def draw_share(pipeline: Pipeline, store: ImageStore, labels: np.ndarray, config
 
 
 def identity(config: SampleConfig, pipeline: Pipeline) -> dict:
-    """What the samples depend on: a partial file made otherwise is not continued."""
+    """What the samples depend on: a partial file with another identity is not continued."""
     fine = to_dict(config.fine) if pipeline.fine is not None else {}
     return {"kind": "samples", **pipeline.identity(), "random_labels": config.random_labels, **to_dict(config.sampling), **fine}
 
@@ -107,14 +105,10 @@ def draw(pipeline: Pipeline, path: Path, labels: np.ndarray, about: dict[str, An
     store = ImageStore(path, (len(labels), pipeline.image_size, pipeline.image_size, 3), about)
     started, missing = time.perf_counter(), len(store.missing())
     draw_share(pipeline, store, labels, config, processes)
-    if not processes.is_main:
-        store.close()
-    processes.barrier()
+    store.finish(processes, arr_1=labels, kind=np.array(about["kind"]), options=np.array(json.dumps(about)))
     if processes.is_main:
-        store.finish(arr_1=labels, kind=np.array(about["kind"]), options=np.array(json.dumps(about)))
         rate = {"images": missing, "images_per_second": missing / (time.perf_counter() - started)}
         write_json(path.with_suffix(".rate.json"), rate)
-    processes.barrier()
 
 
 def draw_and_select(pipeline: Pipeline, selector: Selector, labels: np.ndarray, about: dict[str, Any], config: SampleConfig,

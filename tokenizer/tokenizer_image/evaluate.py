@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from tokenizer.tokenizer_image.codebook import CodeUsage
@@ -72,7 +73,8 @@ def evaluate_tokenizer(tokenizer: VQModel, dataset: ImageDataset, streams: Strea
 
 
 @torch.no_grad()
-def reconstruction_grid(tokenizer: VQModel, dataset: ImageDataset, streams: Streams, device: torch.device, count: int = 12):
+def reconstruction_grid(tokenizer: VQModel, dataset: ImageDataset, streams: Streams, device: torch.device,
+                        count: int = 12) -> Image.Image:
     """A picture: originals, semantic-only reconstructions and, with more streams, full reconstructions, in rows."""
     was_training = tokenizer.training
     tokenizer.eval()

@@ -4,13 +4,12 @@ PSNR and SSIM are means over images, on uint8 pixels with data range 255 (SSIM: 
 reconstructions; compare it with the npz that `val_ddp.py` makes of the same images.
 """
 
-import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its path
 
 import numpy as np
 import torch
@@ -22,16 +21,14 @@ from tokenizer.tokenizer_image.evaluate import psnr, reconstruct, reconstruction
 from tokenizer.tokenizer_image.perceptual import PerceptualNet, build_perceptual
 from tokenizer.tokenizer_image.quantizer import Streams
 from tokenizer.tokenizer_image.vq_model import VQModel, load_tokenizer
-from utils.config import UserError, parse, run_main
+from utils.config import Device, Positive, UserError, parse, require_multiple, run_main
 from utils.crops import to_uint8
 from utils.distributed import Processes, all_reduce_sum, setup
 from utils.files import check_writable, write_json
 from utils.image_dataset import ImageDataset, ImageOptions
+from utils.image_store import ImageStore
 from utils.images import open_images
-from utils.npz import ImageStore
 from utils.run import set_up_logging
-
-log = logging.getLogger("reconstruction_vq")
 
 
 @dataclass
@@ -49,10 +46,10 @@ class ReconstructionConfig:
     """LPIPS backbone, random, or classifier."""
     perceptual_file: str = ""
     """Local weights of it; empty: the usual download."""
-    batch_size: int = 32
+    batch_size: Positive = 32
     """Images a process reconstructs at once."""
-    device: str = "auto"
-    """auto, cuda or cpu."""
+    device: Device = "auto"
+    """auto: CUDA where there is any."""
 
 
 def open_tokenizer(config: ReconstructionConfig, processes: Processes) -> VQModel:
@@ -61,14 +58,12 @@ def open_tokenizer(config: ReconstructionConfig, processes: Processes) -> VQMode
     if tokenizer.provenance.stage == "semantic" and config.streams == "all":
         raise UserError(f"--vq-ckpt {config.vq_ckpt} is a stage 1 tokenizer, whose detail codebook is untrained: use "
                         "--streams semantic.")
-    if config.images.image_size % tokenizer.config.downsampling:
-        raise UserError(f"--image-size {config.images.image_size} is not a multiple of {tokenizer.config.downsampling}, "
-                        "the tokenizer's downsampling.")
+    require_multiple("--image-size", config.images.image_size, tokenizer.config.downsampling, "the tokenizer's downsampling")
     return tokenizer
 
 
 def run_share(config: ReconstructionConfig, tokenizer: VQModel, dataset: ImageDataset, store: ImageStore,
-              processes: Processes) -> dict:
+              processes: Processes) -> dict[str, Any]:
     """Reconstruct this process's share into the store; returns the figures of all processes together."""
     perceptual = build_perceptual(config.perceptual_net, config.perceptual_file, processes.device)
     usage = CodeUsage(tokenizer.config.codebook_sizes, processes.device)
@@ -114,16 +109,12 @@ def main() -> None:
     store = ImageStore(config.out, (len(source), size, size, 3),
                        {"kind": "reconstruction", "tokenizer": config.vq_ckpt, "streams": config.streams})
     figures = run_share(config, tokenizer, dataset, store, processes)
-    if not processes.is_main:
-        store.close()
-    processes.barrier()
+    store.finish(processes, arr_1=source.labels, kind=np.array("reconstruction"))
     if processes.is_main:
-        store.finish(arr_1=source.labels, kind=np.array("reconstruction"))
         write_json(config.out.with_suffix(".json"), figures)
         for name, value in figures.items():
             print(f"{name:22} {value if isinstance(value, str) else f'{value:.4f}'}")
     dataset.report_skipped()
-    processes.barrier()
     processes.close()
 
 
