@@ -14,11 +14,13 @@ import torch
 from PIL import Image
 
 from autoregressive.models.gpt import GPT
+from autoregressive.models.released import GPT_KINDS, gpt_shape
 from autoregressive.models.transformer import GPTConfig
+from tokenizer.tokenizer_image.released import TOKENIZER_KINDS, tokenizer_shape
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 from utils.checkpoint import export, fingerprint
 from utils.config import from_dict, run_main
-from utils.released_weights import KINDS, gpt_shape, to_ours, tokenizer_shape
+from utils.released import to_ours
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GOLDEN = REPOSITORY / "tests" / "golden"
@@ -56,16 +58,16 @@ def arrays(*names: str) -> dict[str, torch.Tensor]:
 
 
 def imported_gpt(kind: str, tensors: dict[str, torch.Tensor], **shape) -> GPT:
-    """A GPT with published weights, by the tables of utils.released_weights."""
-    rules = KINDS[kind]
+    """A GPT with published weights, by its table of keys."""
+    rules = GPT_KINDS[kind]
     gpt = GPT(from_dict(GPTConfig, gpt_shape(tensors, "file") | rules.fixed | shape))
     gpt.load_state_dict(to_ours(rules, tensors, gpt, "file"))
     return gpt.eval()
 
 
 def imported_tokenizer(kind: str, tensors: dict[str, torch.Tensor]) -> VQModel:
-    """A tokenizer with published weights, by the tables of utils.released_weights."""
-    rules = KINDS[kind]
+    """A tokenizer with published weights, by its table of keys."""
+    rules = TOKENIZER_KINDS[kind]
     model = VQModel(from_dict(VQConfig, tokenizer_shape(tensors, "file") | rules.fixed))
     model.load_state_dict(to_ours(rules, tensors, model, "file"))
     return model

@@ -13,7 +13,8 @@ from autoregressive.models.gpt import GPT, build_gpt, load_gpt
 from autoregressive.models.losses import stream_losses
 from autoregressive.models.transformer import GPTConfig
 from autoregressive.sample import sample_c2i_ddp
-from scripts import published_structure
+from scripts import published_structure, released_weights
+from scripts.released_weights import KINDS
 from tests.conftest import (
     GOLDEN,
     TINY_GPT,
@@ -29,10 +30,9 @@ from tests.test_bad_input import refused
 from tests.test_gpt import teacher_forced_decode
 from tokenizer.tokenizer_image.vq_loss import adaptive_weight
 from tokenizer.tokenizer_image.vq_model import build_tokenizer, load_tokenizer
-from utils import released_weights
 from utils.checkpoint import export, read_export
 from utils.config import to_dict
-from utils.released_weights import KINDS, to_ours, to_released
+from utils.released import to_ours, to_released
 
 SHAPE = {"n_head": 4, "grid_size": 4}
 MODEL_ARGS = ("--model-args", json.dumps(SHAPE))
@@ -184,8 +184,8 @@ def test_imported_files_are_sampled_without_more_flags(tmp_path):
     torch.save({"model": to_released(KINDS["llamagen-gpt"], gpt.state_dict(), "file")}, tmp_path / "gpt.pt")
     torch.save({"model": llamagen_vq_arrays()}, tmp_path / "vq.pt")
     args = json.dumps({"n_head": 4, "grid_size": 4})
-    command("-m", "utils.released_weights", "llamagen-gpt", tmp_path / "gpt.pt", tmp_path / "ours", "--model-args", args)
-    command("-m", "utils.released_weights", "llamagen-vq", tmp_path / "vq.pt", tmp_path / "ours")
+    command("scripts/released_weights.py", "llamagen-gpt", tmp_path / "gpt.pt", tmp_path / "ours", "--model-args", args)
+    command("scripts/released_weights.py", "llamagen-vq", tmp_path / "vq.pt", tmp_path / "ours")
     call(sample_c2i_ddp.main, "--gpt-ckpt", tmp_path / "ours", "--vq-ckpt", tmp_path / "ours", "--per-class", 2,
          "--out", tmp_path / "s.npz", "--device", "cpu")
     with np.load(tmp_path / "s.npz") as samples:
