@@ -14,7 +14,8 @@ import scipy.linalg
 import torch
 from scipy.spatial.distance import cdist
 
-from evaluations.c2i import evaluator
+from evaluations.c2i import evaluation_file, evaluator, features
+from evaluations.c2i.evaluation_file import EvaluationFile
 from evaluations.c2i.inception import load_inception
 from evaluations.c2i.metrics import (
     Moments,
@@ -201,7 +202,7 @@ def test_command_line(command_line, adm_features):
 
 def test_cached_features_are_used_again(command_line, batches, weights, tmp_path, monkeypatch):
     """A second evaluation takes seconds instead of the network's minutes, and gives the same numbers."""
-    monkeypatch.setattr(evaluator, "compute_features", None)  # calling it fails
+    monkeypatch.setattr(features, "compute_features", None)  # calling it fails
     run(*batches, "--inception-weights", weights, "--json", tmp_path / "second.json")
     first, second = (json.loads(path.read_text()) for path in (command_line[1], tmp_path / "second.json"))
     assert all(first[key] == second[key] for key in evaluator.METRICS)
@@ -224,8 +225,9 @@ class StubNetwork(torch.nn.Module):
 @pytest.fixture
 def small(monkeypatch) -> None:
     """Fewer features, so that files of statistics stay small."""
-    for name, value in (("STATISTICS", SMALL), ("POOL_FEATURES", 64), ("SPATIAL_FEATURES", 36), ("CLASSES", 8)):
-        monkeypatch.setattr(evaluator, name, value)
+    monkeypatch.setattr(evaluation_file, "STATISTICS", SMALL)
+    monkeypatch.setattr(features, "POOL_FEATURES", 64)
+    monkeypatch.setattr(features, "CLASSES", 8)
 
 
 @pytest.fixture
@@ -233,7 +235,7 @@ def stub(small, monkeypatch, tmp_path) -> Path:
     """Put the stub in the network's place; returns a file to name as weights."""
     path = tmp_path / "stub.pth"
     path.write_bytes(b"one")
-    monkeypatch.setattr(evaluator, "load_inception", lambda path, device: (StubNetwork(), path.read_bytes().hex() * 8))
+    monkeypatch.setattr(features, "load_inception", lambda path, device: (StubNetwork(), path.read_bytes().hex() * 8))
     StubNetwork.calls = 0
     return path
 
@@ -279,7 +281,7 @@ def test_unwritable_folder_only_costs_the_cache(stub, images, tmp_path, monkeypa
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(evaluator.np, "savez", refuse)
+    monkeypatch.setattr(np, "savez", refuse)
     run(ref, ref, "--inception-weights", stub)
     assert "could not be kept" in caplog.text and "FID" in capsys.readouterr().out
 
@@ -364,7 +366,7 @@ def test_unreadable_files_are_refused_in_a_sentence(images, tmp_path, stub):
         ((good, tmp_path / "array.npy"), "SAMPLE .*array.npy is not an npz"),
         ((good, other), "SAMPLE .*other.npz is not an npz"),
         ((good, tmp_path / "damaged.npz"), "SAMPLE .*damaged.npz cannot be read to its end .*CRC"),
-        ((good, good, "--batch-size", 0), "--batch-size 0 is not positive"),
+        ((good, good, "--batch-size", 0), "--batch-size 0 is out of range"),
         ((good, good, "--json", tmp_path), "--json .* is a folder"),
         ((good, good, "--json", good / "x" / "r.json"), "--json.* cannot be written"),
     ):
@@ -416,9 +418,9 @@ WARNINGS = {
 }
 
 
-def make_file(path: Path, count: int = 4, size: int = 4, **content) -> evaluator.EvaluationFile:
+def make_file(path: Path, count: int = 4, size: int = 4, **content) -> EvaluationFile:
     np.savez(path, arr_0=np.zeros((count, size, size, 3), np.uint8), **content)
-    return evaluator.EvaluationFile(path, "REF" if path.name == "ref.npz" else "SAMPLE")
+    return EvaluationFile(path, "REF" if path.name == "ref.npz" else "SAMPLE")
 
 
 @pytest.mark.parametrize("case", WARNINGS)
@@ -444,14 +446,14 @@ def test_right_reference_gets_no_warning(tmp_path, small):
 
 def test_features_stream_ahead_in_order():
     """The reading thread must neither reorder batches nor swallow its errors."""
-    assert list(evaluator.ahead(range(5))) == [0, 1, 2, 3, 4]
+    assert list(features.ahead(range(5))) == [0, 1, 2, 3, 4]
 
     def broken():
         yield 1
         raise UserError("damaged")
 
     with pytest.raises(UserError, match="damaged"):
-        list(evaluator.ahead(broken()))
+        list(features.ahead(broken()))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

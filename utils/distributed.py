@@ -3,9 +3,8 @@
 Parallelism stays outside the models.  `setup` reads torchrun's environment; without it a group of one process is made,
 so that every script runs the same code everywhere.  `parallelize` wraps a GPT for DDP, FSDP2 or HSDP.
 
-The tokenizer's trainer averages gradients itself (`average_gradients`): an interleaved step runs the network twice
-before one backward pass and leaves some parameters without gradient, which DDP's reducer answers with a search of the
-whole graph at every step.
+The tokenizer's trainer averages gradients itself (`average_gradients`).  An interleaved step runs the network twice before
+one backward pass and leaves some parameters without gradient; DDP would search the whole graph for them at every step.
 """
 
 import os
@@ -49,14 +48,19 @@ class Processes:
             dist.destroy_process_group()
 
 
+def choose_device(name: str) -> torch.device:
+    """auto (CUDA where there is any), cuda or cpu -> device; raises UserError if CUDA is asked for and absent."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda was asked for but this machine shows no CUDA device: use --device cpu or auto.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def setup(device: str = "auto") -> Processes:
     """Join the process group of torchrun, or make one of a single process.
 
-    device: "auto" (CUDA where present), "cuda" or "cpu".  Raises UserError if CUDA is asked for and absent.
+    device: as in `choose_device`, whose error is raised too.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda was asked for but this machine shows no CUDA device: use --device cpu or auto.")
-    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    cuda = choose_device(device).type == "cuda"
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     target = torch.device("cuda", local_rank) if cuda else torch.device("cpu")

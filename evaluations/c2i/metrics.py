@@ -33,14 +33,12 @@ class Moments:
 
     def __init__(self) -> None:
         self.count = 0
-        self._shift: Tensor | None = None
-        self._sum: Tensor | None = None
-        self._products: Tensor | None = None
+        self._shift = self._sum = self._products = torch.empty(0)
 
     def update(self, features: Array) -> None:
-        """Add rows; features: (n, D), any float type, all batches on one device."""
+        """Add rows; features: [n, D], any float type, all batches on one device."""
         rows = torch.as_tensor(features).double()  # [n, D]
-        if self._shift is None:
+        if not self.count:
             self._shift = rows.mean(0)
             self._sum = torch.zeros_like(self._shift)
             self._products = self._sum.new_zeros(len(self._sum), len(self._sum))
@@ -50,7 +48,7 @@ class Moments:
         self._products.addmm_(rows.T, rows)
 
     def finish(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return mean (D,) and covariance (D, D) with N - 1 in the denominator; raises ValueError below two rows."""
+        """Return mean [D] and covariance [D, D] with N - 1 in the denominator; raises ValueError below two rows."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 rows, got {self.count}")
         mean = self._sum / self.count
@@ -59,7 +57,7 @@ class Moments:
 
 
 def feature_statistics(features: Array) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (D,) and covariance (D, D) of features (N, D), float64, N - 1 in the denominator."""
+    """Mean [D] and covariance [D, D] of features [N, D], float64, N - 1 in the denominator."""
     moments = Moments()
     moments.update(features)
     return moments.finish()
@@ -77,7 +75,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _root(sigma: Array) -> Tensor:
-    """A factor F (D, rank) of a covariance (D, D) with F Fᵀ = sigma.
+    """A factor F [D, rank] of a covariance [D, D] with F Fᵀ = sigma.
 
     Directions without variance are left out: their eigenvalues are rounding noise, and its square root would not be.
     """
@@ -90,7 +88,7 @@ def _root(sigma: Array) -> Tensor:
 def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> float:
     """Fréchet distance of two Gaussians: |mu1 - mu2|² + tr(sigma1) + tr(sigma2) - 2 tr √(sigma1 sigma2).
 
-    mu: (D,), sigma: (D, D), any rank.  With sigma1 = F Fᵀ and sigma2 = G Gᵀ, the root's trace is the sum of the
+    mu: [D], sigma: [D, D], any rank.  With sigma1 = F Fᵀ and sigma2 = G Gᵀ, the root's trace is the sum of the
     singular values of Fᵀ G, which stays exact for singular covariances; float64.  Raises ValueError if the shapes
     differ.  Source: arXiv 1706.08500, eq. 6.
     """
@@ -107,7 +105,7 @@ def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> fl
 def inception_score(probs: Array, split_size: int = SPLIT_SIZE) -> float:
     """Inception score: mean over splits of exp of the mean KL divergence from the split's mean prediction.
 
-    probs: (N, classes), rows sum to 1; splits are taken in order, a partial last one counts as much as a full one, as
+    probs: [N, classes], rows sum to 1; splits are taken in order, a partial last one counts as much as a full one, as
     in ADM.  Returns a value from 1 to the number of classes.  Source: arXiv 1606.03498, eq. in section 4.
     """
     scores = []
@@ -131,32 +129,27 @@ def _full_float32() -> Iterator[None]:
 
 
 def _half_norms(rows: Tensor) -> Tensor:
-    """Squared norms of half-precision rows (n, D), summed in half precision as TensorFlow's CPU kernel does.
+    """Squared norms of half-precision rows [n, D], summed in half precision as TensorFlow's CPU kernel does.
 
     The order of the sum decides the last bit, and the last bits decide ties: 32 interleaved running sums, folded to 8
     in half precision and to one in single precision; rows longer than 1600 in two halves.  Other devices sum in
     other orders, so this makes the result the same everywhere.
     """
     squares = torch.nn.functional.pad(rows * rows, (0, -rows.shape[1] % 32))
-    if squares.shape[1] > 1600:
-        middle = squares.shape[1] // 2 // 32 * 32
-        parts = (squares[:, :middle], squares[:, middle:])
-    else:
-        parts = (squares,)
-    total = None
-    for part in parts:
+    middle = squares.shape[1] // 2 // 32 * 32 if squares.shape[1] > 1600 else 0
+    norms = []
+    for part in (squares[:, :middle], squares[:, middle:]) if middle else (squares,):
         lanes = part.reshape(len(part), -1, 4, 8)  # [n, D / 32, 4, 8]
         sums = lanes[:, 0]  # [n, 4, 8]
         for step in range(1, lanes.shape[1]):
             sums = sums + lanes[:, step]
         folded = sums[:, 0] + sums[:, 1] + sums[:, 2] + sums[:, 3]  # [n, 8]
-        norm = folded.float().sum(1).half()  # [n]
-        total = norm if total is None else total + norm
-    return total
+        norms.append(folded.float().sum(1).half())  # [n]
+    return sum(norms[1:], norms[0])
 
 
 def _tile_distances(rows: Tensor, columns: Tensor) -> Tensor:
-    """Squared distances (n, m) of feature rows, in half precision, or in single where half overflows anywhere."""
+    """Squared distances [n, m] of feature rows, in half precision, or in single where half overflows anywhere."""
     half_rows, half_columns = rows.half(), columns.half()
     row_norms, column_norms = _half_norms(half_rows)[:, None], _half_norms(half_columns)[None]
     if row_norms.isfinite().all() and column_norms.isfinite().all():
@@ -184,7 +177,7 @@ def nearest_radii(features: Array, k: int = NEAREST_K, device: torch.device | st
                   tile: int = TILE) -> Tensor:
     """Squared distance of every feature row to its k-th nearest other row.
 
-    features: (N, D), N > k; returns float32 (N,) on `device`.  The row itself counts as the nearest, as in ADM, also
+    features: [N, D], N > k; returns float32 [N] on `device`.  The row itself counts as the nearest, as in ADM, also
     when a duplicate exists.  Memory: one tile x tile block, whatever N.  Raises ValueError for N <= k.
     """
     features = _as_features(features, device)
@@ -193,14 +186,13 @@ def nearest_radii(features: Array, k: int = NEAREST_K, device: torch.device | st
     radii = []
     with _full_float32():
         for rows in features.split(tile):
-            nearest = None
+            nearest = []
             for columns in features.split(tile):
                 distances = _tile_distances(rows, columns)
                 kept = [part.float().topk(min(k + 1, len(columns)), dim=1, largest=False).values
                         for part in distances.split(STRIPE)]
-                block = torch.cat(kept)  # [n, k + 1]
-                nearest = block if nearest is None else torch.cat([nearest, block], 1)
-            radii.append(nearest.kthvalue(k + 1, dim=1).values)
+                nearest.append(torch.cat(kept))  # [n, k + 1]
+            radii.append(torch.cat(nearest, 1).kthvalue(k + 1, dim=1).values)
     return torch.cat(radii)
 
 
@@ -208,7 +200,7 @@ def precision_recall(reference: Array, sample: Array, k: int = NEAREST_K, device
                      tile: int = TILE) -> tuple[float, float]:
     """Improved precision and recall of feature rows.
 
-    reference: (N, D), sample: (M, D), both with more than k rows.  Precision: share of samples within the radius of
+    reference: [N, D], sample: [M, D], both with more than k rows.  Precision: share of samples within the radius of
     some reference row; recall: share of reference rows within the radius of some sample; "within" includes equality.
     Source: arXiv 1904.06991, eq. 1 to 3.
     """

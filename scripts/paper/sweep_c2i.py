@@ -24,7 +24,9 @@ from autoregressive.models.generate import cfg_ranges
 from autoregressive.sample.pipeline import Pipeline, carried_options
 from autoregressive.sample.sample_c2i_ddp import SampleConfig, write_samples
 from evaluations.c2i.classifier import load_all
-from evaluations.c2i.evaluator import EvaluationFile, EvaluatorConfig, FeatureSource, compare
+from evaluations.c2i.evaluation_file import EvaluationFile
+from evaluations.c2i.evaluator import compare
+from evaluations.c2i.features import FeatureSource
 from evaluations.c2i.judge import features_and_votes, judge
 from evaluations.c2i.metrics import feature_statistics
 from utils.classifier import load_classifier
@@ -73,7 +75,7 @@ def parse_range(text: str) -> tuple[float, float]:
 def adm_figures(config: SweepConfig, size: int, device: torch.device) -> Evaluate:
     """ADM's metrics of an npz against --reference, the network loaded once."""
     check_exists(config.reference, "--reference", "ADM's reference npz")
-    source = FeatureSource(EvaluatorConfig(config.reference, config.reference, config.inception_weights), device)
+    source = FeatureSource(config.inception_weights, device)
     reference = EvaluationFile(config.reference, "--reference")
     return lambda path: compare(reference, EvaluationFile(path, "sample"), source)
 

@@ -1,0 +1,129 @@
+"""One npz of images or statistics to evaluate: what it must hold, checked before the network runs, and how it is read."""
+
+import zipfile
+from collections.abc import Iterator
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+
+from evaluations.c2i.inception import POOL_FEATURES, SPATIAL_FEATURES
+from evaluations.c2i.metrics import NEAREST_K
+from utils.config import UserError
+from utils.files import check_exists
+from utils.npz import NPZ_ERRORS, array_header, array_keys, open_array
+
+STATISTICS = {"mu": (POOL_FEATURES,), "sigma": (POOL_FEATURES, POOL_FEATURES), "mu_s": (SPATIAL_FEATURES,),
+              "sigma_s": (SPATIAL_FEATURES, SPATIAL_FEATURES)}
+SAVE_AS_ADM = "save images as np.savez(path, images) with uint8 images of shape (N, H, W, 3)"
+
+
+class EvaluationFile:
+    """One npz to evaluate, checked when it is opened and read in batches.
+
+    name: the argument it came from (REF or SAMPLE).  Raises UserError for whatever ADM's evaluator could not use.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.path, self.where = path, f"{name} {path}"
+        self.shape: tuple[int, ...] = ()  # of arr_0; empty if the file holds statistics only
+        self.dtype = np.dtype(np.uint8)
+        check_exists(path, name, "an npz of images")
+        try:
+            if not zipfile.is_zipfile(path):
+                raise UserError(f"{self.where} is not an npz: {SAVE_AS_ADM}.")
+            self.keys = array_keys(path)
+            if "arr_0" in self.keys:
+                self.shape, self.dtype = array_header(path, "arr_0")
+            self.kind = str(open_array(path, "kind")) if "kind" in self.keys else None
+            self._check_statistics()
+        except NPZ_ERRORS as error:
+            raise UserError(f"{self.where} cannot be read ({error}): it may be damaged or incomplete, make it again."
+                            ) from error
+        if "arr_0" in self.keys:
+            self._check_images()
+        elif name != "REF" or not self.has_statistics:
+            raise UserError(f"{self.where} has no arr_0, only {', '.join(self.keys) or 'nothing'}: {SAVE_AS_ADM}.")
+
+    @property
+    def has_statistics(self) -> bool:
+        """True if the file stores a mean and a covariance that stand for its images in FID."""
+        return "mu" in self.keys
+
+    @property
+    def count(self) -> int:
+        """Number of images; 0 if the file holds statistics only."""
+        return self.shape[0] if self.shape else 0
+
+    def statistic(self, key: str) -> np.ndarray | None:
+        """The stored mu, sigma, mu_s or sigma_s, or None."""
+        return np.array(open_array(self.path, key)) if key in self.keys else None
+
+    def labels(self) -> np.ndarray | None:
+        """Class labels of the images [N], or None where the file has none that can be read as such."""
+        if "arr_1" not in self.keys:
+            return None
+        shape, dtype = array_header(self.path, "arr_1")
+        return open_array(self.path, "arr_1") if dtype.kind in "iu" and shape == (self.count,) else None
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """Images in order, uint8 or float [n, H, W, 3], `size` rows at a time, without loading the rest.
+
+        Raises UserError if the data is damaged or floats lie outside 0 to 255.
+        """
+        row_bytes = int(np.prod(self.shape[1:])) * self.dtype.itemsize
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
+                header = member.read(archive.getinfo("arr_0.npy").file_size - self.count * row_bytes)
+                if b"'fortran_order': True" in header:
+                    raise UserError(f"{self.where} has arr_0 in Fortran order: save np.ascontiguousarray(images).")
+                for start in range(0, self.count, size):
+                    rows = min(size, self.count - start)
+                    batch = np.frombuffer(member.read(rows * row_bytes), self.dtype).reshape(rows, *self.shape[1:])
+                    self._check_range(batch, first=start == 0)
+                    yield batch
+        except NPZ_ERRORS as error:
+            raise UserError(f"{self.where} cannot be read to its end ({error}): it is damaged, make it again."
+                            ) from error
+
+    @cached_property
+    def digest(self) -> str:
+        """Identifies the images: their checksum as the zip directory holds it, with name, shape and type."""
+        with zipfile.ZipFile(self.path) as archive:
+            info = archive.getinfo("arr_0.npy")
+        return sha256(f"{info.CRC} {info.file_size} {self.shape} {self.dtype}".encode()).hexdigest()[:16]
+
+    def _check_images(self) -> None:
+        if self.dtype != np.uint8 and self.dtype.kind != "f":
+            raise UserError(f"{self.where} has arr_0 of type {self.dtype}, not uint8 or float: {SAVE_AS_ADM}.")
+        if len(self.shape) != 4 or self.shape[3] != 3 or 0 in self.shape:
+            raise UserError(f"{self.where} has arr_0 of shape {self.shape}, not (N, H, W, 3): {SAVE_AS_ADM}.")
+        if self.count <= NEAREST_K:
+            raise UserError(f"{self.where} has {self.count} images, but precision and recall need at least "
+                            f"{NEAREST_K + 1}: give a file with more images.")
+        if self.dtype.kind == "f":
+            next(self.batches(1 << 4))  # a wrong range shows here, before the network works for an hour
+
+    def _check_range(self, batch: np.ndarray, first: bool) -> None:
+        if batch.dtype.kind != "f":
+            return
+        low, high = float(batch.min()), float(batch.max())
+        if not (low >= 0 and high <= 255) or (first and high <= 1):
+            raise UserError(f"{self.where} has float images from {low:g} to {high:g}, not from 0 to 255: scale them "
+                            "to 0 to 255 or save them as uint8.")
+
+    def _check_statistics(self) -> None:
+        for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
+            found = [key for key in (mean, covariance) if key in self.keys]
+            if len(found) == 1:
+                raise UserError(f"{self.where} has {found[0]} but not the other of {mean} and {covariance}: store "
+                                "both or neither.")
+        for key in (key for key in STATISTICS if key in self.keys):
+            shape, dtype = array_header(self.path, key)
+            if shape != STATISTICS[key] or dtype.kind != "f":
+                raise UserError(f"{self.where} has {key} of type {dtype} and shape {shape}, not float "
+                                f"{STATISTICS[key]}: take statistics of ADM's Inception features.")
+            if not np.isfinite(open_array(self.path, key)).all():
+                raise UserError(f"{self.where} has {key} with infinite or missing values: compute the statistics "
+                                "again.")
