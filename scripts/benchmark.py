@@ -121,7 +121,7 @@ def benchmark_decode(config: BenchmarkConfig, gpt: GPT, device: torch.device, ra
     def ours() -> float:
         decoding = start_decoding(gpt, labels, options, uniforms)
         with packed_linears(gpt, 2 * batch):  # once a batch of images, 0.3 s for GPT-B
-            return seconds(lambda: [decode_step(gpt, decoding, step) for step in range(cells)], device)
+            return seconds(lambda: [decode_step(gpt, decoding) for _ in range(cells)], device)
 
     def published() -> float:
         sampler = Sampler(gpt, options, uniforms)

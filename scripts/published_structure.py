@@ -6,12 +6,15 @@ head's three slots, and while decoding attention over the whole block under a ma
 head caches as long as the trunk's that are made anew for every cell.  Nothing but the benchmark and its test imports this module.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from autoregressive.models.generate import Sampler
 from autoregressive.models.gpt import GPT
+from autoregressive.models.paradigms import Pick
 from autoregressive.models.transformer import Block
 
 
@@ -88,11 +91,11 @@ class Decoder:
 
     def run(self, x: Tensor, cells: int, sampler: Sampler) -> None:
         """Decode the first cells from the class tokens [B, D]."""
+        attention = torch.ones(self.rows, device=x.device)
         for cell in range(cells):
-            sampler.begin(cell, torch.ones(self.rows, device=x.device))
-            x = self.step(x, cell, sampler)
+            x = self.step(x, cell, partial(sampler.pick, step=cell, attention=attention))
 
-    def step(self, x: Tensor, cell: int, pick) -> Tensor:
+    def step(self, x: Tensor, cell: int, pick: Pick) -> Tensor:
         """[B, D] -> the next trunk input [B, D]; `pick` chooses codes from logits."""
         gpt, paradigm, context = self.gpt, self.gpt.paradigm, self.gpt.paradigm.head.context
         x = x[:, None]
@@ -107,7 +110,7 @@ class Decoder:
             for block, cache in zip(paradigm.head.layers, caches):
                 h = run_layer(block, h, rotary[slot : slot + 1], cache, self.mask[slot : slot + 1], slot)
             if slot > 0:
-                codes.append(pick(paradigm.outputs[slot - 1](norm(paradigm.norm, h[:, 0])), slot - 1))
+                codes.append(pick(paradigm.outputs[slot - 1](norm(paradigm.norm, h[:, 0])), slot - 1, cell))
             if slot == 1:
                 inputs.append(paradigm.embeddings[0](codes[0]))
         return paradigm.fuse(torch.stack(codes, dim=1)[..., None])[:, 0]

@@ -100,7 +100,7 @@ def test_the_benchmark_compares_like_with_like(gpt):
             torch.testing.assert_close(ours, published, atol=1e-5, rtol=1e-5)
         decoder, x, drawn = published_structure.Decoder(gpt, 2), gpt.class_token(labels), []
         for cell in range(gpt.config.cells):
-            def pick(logits, stream, cell=cell):
+            def pick(logits, stream, cell):
                 drawn.append(logits)
                 return codes[:, stream, cell]
             x = decoder.step(x, cell, pick)

@@ -1,8 +1,8 @@
 """Likelihood of a GPT on held-out codes: nats per code for every stream, and bits per image.
 
-The streams' cross-entropies add up to the code length of an image's codes, whatever the paradigm.  CTF's is the sum of
-its two stages', each evaluated with its own code map.  Bits of two tokenizers compare only beside what each tokenizer
-keeps of an image.
+The cross-entropies of the streams add up to the code length of an image, whatever the paradigm.  For CTF the two stages
+are added, each evaluated with its own code map.  Bits of codes from different tokenizers say nothing without the quality of
+their reconstructions.
 """
 
 import logging
@@ -69,8 +69,8 @@ def open_held_out(gpt: GPT, model: str, code_path: str | Path, code_map: str, op
 def stream_nats(gpt: GPT, labels: Tensor, codes: Tensor, coarse_of: Tensor | None) -> Tensor:
     """Sums over cells of the cross-entropy: labels [B], codes [B, C, N] -> [B, C'] nats of the predicted streams.
 
-    A second stage is scored among the members of the coarse clusters it is given, which makes its code a proper one;
-    coarse_of: its coarse label of every code [K], None for other GPTs.
+    coarse_of: the coarse label of every code [K] for CTF's second stage, None for other GPTs.  The second stage is scored
+    among the members of each given cluster, so that its probabilities sum to one.
     """
     logits, targets = gpt(labels, codes), gpt.paradigm.targets(codes)
     if coarse_of is not None:

@@ -20,8 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from autoregressive.models.generate import cfg_ranges
-from autoregressive.sample.pipeline import Pipeline, carried_options
+from autoregressive.sample.pipeline import Pipeline, carried_options, check_sampling
 from autoregressive.sample.sample_c2i_ddp import SampleConfig, write_samples
 from evaluations.c2i.classifier import load_all
 from evaluations.c2i.evaluation_file import EvaluationFile
@@ -99,7 +98,7 @@ def sweep(config: SweepConfig, processes: Processes) -> dict[str, dict[str, floa
     options = {text: replace(base.sampling, cfg_scale=parse_range(text)) for text in config.ranges}
     pipeline = Pipeline(base.models, options[config.ranges[0]], base.fine, processes.device)
     for sampling in options.values():  # all ranges are checked before the first is drawn
-        cfg_ranges(sampling, pipeline.gpt)
+        check_sampling(sampling, pipeline.gpt)
     make = judge_figures if config.judge else adm_figures
     evaluate = make(config, pipeline.image_size, processes.device) if processes.is_main else None
     results = read_json(results_file, "--folder", "sweep.json") if processes.is_main and results_file.exists() else {}

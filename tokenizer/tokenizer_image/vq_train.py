@@ -164,7 +164,7 @@ class TokenizerState(TrainState):
         return super().state_dict() | {
             "discriminator": get_model_state_dict(self.loss.discriminator),
             "disc_optimizer": get_optimizer_state_dict(self.loss.discriminator, self.disc_optimizer),
-            "usage": self.usage.total(self.processes),  # of what is not sharded a checkpoint keeps any one copy
+            "usage": self.usage.total(self.processes),  # the sum, since a checkpoint keeps one process's copy
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
