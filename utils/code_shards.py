@@ -1,16 +1,16 @@
 """Codes on disk: one memory-mapped array per data set instead of a file per image.
 
 A code folder holds `codes.npy` (uint16 [images, crops, C, N]; uint32 for codebooks of more than 65,536 codes), `labels.npy`
-(int64 [images]), `state.npy` (uint8 per row: 0 missing, 1 done, 2 unreadable image) and `header.json`, which says what
+(int64 [images]), `state.npy` (uint8 [images]: 0 missing, 1 done, 2 unreadable image) and `header.json`, which says what
 made them.  Rows are written in place by any number of processes; an interrupted extraction carries on with the missing
 rows.
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from utils.config import UserError
+from utils.files import write_json
 
 STREAMS = {1: ("token",), 2: ("semantic", "detail")}
 """Names of the code streams by their number, for logs and figures."""
@@ -49,7 +50,7 @@ class CodeWriter:
     """Creates or continues a code folder; every process of a group opens its own writer on the same folder."""
 
     def __init__(self, folder: Path, header: CodeHeader, labels: np.ndarray, create: bool) -> None:
-        """labels: [images]; create: true in the process that may create the files, before the others open them.
+        """labels: [images]; create: make the files if they are missing, in one process before the others open them.
 
         Raises UserError when the folder holds codes made otherwise.
         """
@@ -72,12 +73,7 @@ class CodeWriter:
         np.lib.format.open_memmap(self.folder / "codes.npy", "w+", code_type(self.header.codebook_sizes), shape).flush()
         np.lib.format.open_memmap(self.folder / "state.npy", "w+", np.uint8, shape[:1]).flush()
         np.save(self.folder / "labels.npy", labels.astype(np.int64))
-        self._write_header(wanted)
-
-    def _write_header(self, header: dict) -> None:
-        aside = self.folder / ".header.json"
-        aside.write_text(json.dumps(header, indent=1))
-        os.replace(aside, self.folder / "header.json")
+        write_json(self.folder / "header.json", wanted)
 
     def missing(self) -> np.ndarray:
         """Rows not yet extracted."""
@@ -94,9 +90,9 @@ class CodeWriter:
         self.state[rows] = UNREADABLE
 
     def finish(self) -> int:
-        """Mark the folder complete (one process, when no row is missing); returns the number of unreadable images."""
+        """Mark the folder complete; returns the number of unreadable images.  One process calls this, when no row is missing."""
         self.state.flush()
-        self._write_header(asdict(self.header) | {"complete": True})
+        write_json(self.folder / "header.json", asdict(self.header) | {"complete": True})
         return int((self.state == UNREADABLE).sum())
 
 
@@ -111,7 +107,8 @@ def read_header(folder: str | Path, option: str = "--code-path") -> CodeHeader:
     return header
 
 
-def require_fit(header: CodeHeader, folder: str | Path, expected: dict, option: str = "--code-path") -> None:
+def require_fit(header: CodeHeader, folder: str | Path, expected: dict[str, tuple[Any, str]],
+                option: str = "--code-path") -> None:
     """Raise UserError, naming both values, when a field of the header is not what the model expects.
 
     expected: {header field: (value, what set it)}; option: what named the folder.
@@ -123,7 +120,7 @@ def require_fit(header: CodeHeader, folder: str | Path, expected: dict, option: 
                             "model, or change the option.")
 
 
-class CodeDataset(Dataset):
+class CodeDataset(Dataset[tuple[Tensor, Tensor]]):
     """Codes and labels straight from the memory map; items are addressed as (epoch, index) batches.
 
     The crop of image i in epoch e comes from (seed, e, i) alone.

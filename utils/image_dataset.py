@@ -142,7 +142,7 @@ class CropDataset(Dataset[tuple[int, Tensor | None]]):
         return row, torch.from_numpy(np.ascontiguousarray(self.crop(image)))
 
 
-def _collate_crops(items: list[tuple[int, Tensor | None]]) -> tuple[np.ndarray, Tensor | None, np.ndarray]:
+def collate_crops(items: list[tuple[int, Tensor | None]]) -> tuple[np.ndarray, Tensor | None, np.ndarray]:
     """Items of a CropDataset -> (readable rows [n], their crops [n, ...] or None if n is 0, unreadable rows)."""
     rows = [row for row, crops in items if crops is not None]
     stacked = torch.stack([crops for _, crops in items if crops is not None]) if rows else None
@@ -156,7 +156,7 @@ def crop_loader(source: ImageSource, rows: np.ndarray, crop: Callable[[np.ndarra
     Takes what CropDataset takes; batch_size: images.
     """
     workers = min(num_workers, -(-len(rows) // batch_size))
-    return DataLoader(CropDataset(source, rows, crop), batch_size, num_workers=workers, collate_fn=_collate_crops)
+    return DataLoader(CropDataset(source, rows, crop), batch_size, num_workers=workers, collate_fn=collate_crops)
 
 
 def train_loader(dataset: Dataset, batches: GlobalBatches, num_workers: int) -> DataLoader:

@@ -6,30 +6,38 @@ enlarged by `--crop-range`; `flip` the centre crop and its mirror.
 
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from tokenizer.tokenizer_image.vq_model import VQModel, load_tokenizer
 from utils.code_shards import CodeHeader, CodeWriter
-from utils.config import UserError, parse, run_main
+from utils.config import Device, Positive, UserError, choices, interval, parse, require_multiple, run_main
 from utils.crops import center_crop, flip_crops, ten_crops, to_tensor
 from utils.distributed import Processes, setup
 from utils.files import check_writable
-from utils.image_dataset import ImageOptions
-from utils.images import ImageSource, UnreadableImage, open_images
+from utils.image_dataset import ImageOptions, crop_loader
+from utils.images import ImageSource, open_images
 from utils.run import set_up_logging
 
 log = logging.getLogger("extract_codes")
+
+
+CROPS: dict[str, tuple[int, Callable[[np.ndarray, int, float], np.ndarray]]] = {
+    # name: (crops, function of (image, size, crop range) -> uint8 [crops, size, size, 3])
+    "ten-crop": (10, ten_crops),
+    "flip": (2, lambda image, size, crop_range: flip_crops(image, size)),
+    "none": (1, lambda image, size, crop_range: center_crop(image, size)[None]),
+}
 
 
 @dataclass
@@ -41,50 +49,19 @@ class ExtractConfig:
     """tokenizer.safetensors or the run folder that holds it."""
     code_path: Path
     """Folder to write."""
-    augmentation: Literal["ten-crop", "flip", "none"] = "ten-crop"
+    augmentation: Annotated[str, choices(CROPS)] = "ten-crop"
     """Crops stored of every image: ten, two, or one."""
-    crop_range: float = 1.1
+    crop_range: Annotated[float, interval(float, 1)] = 1.1
     """Ten-crop: enlarge images by this factor before cutting (LlamaGen: 1.1 and 1.05)."""
-    batch_size: int = 32
+    batch_size: Positive = 32
     """Crops a process encodes at once; at least all of one image."""
-    device: str = "auto"
-    """auto, cuda or cpu."""
+    device: Device = "auto"
+    """auto: CUDA where there is any."""
 
 
-CROPS = {
-    # name: (crops, function of (image, size, crop range) -> uint8 [crops, size, size, 3])
-    "ten-crop": (10, ten_crops),
-    "flip": (2, lambda image, size, crop_range: flip_crops(image, size)),
-    "none": (1, lambda image, size, crop_range: center_crop(image, size)[None]),
-}
-
-
-class CropDataset(Dataset):
-    """All crops of one image: (row, uint8 [crops, 3, H, W] tensor), or (row, None) when it cannot be read."""
-
-    def __init__(self, source: ImageSource, rows: np.ndarray, config: ExtractConfig) -> None:
-        self.source, self.rows, self.config = source, rows, config
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, item: int) -> tuple[int, Tensor | None]:
-        row = int(self.rows[item])
-        try:
-            image = self.source.load(row)
-        except UnreadableImage as error:
-            log.warning("unreadable image left out: %s", error)
-            return row, None
-        crops = CROPS[self.config.augmentation][1](image, self.config.images.image_size, self.config.crop_range)
-        return row, torch.from_numpy(np.ascontiguousarray(crops))
-
-
-def collate(items: list[tuple[int, Tensor | None]]) -> tuple[np.ndarray, Tensor | None, np.ndarray]:
-    """(readable rows, their crops [n, crops, H, W, 3] or None, unreadable rows)."""
-    good = [(row, crops) for row, crops in items if crops is not None]
-    bad = np.array([row for row, crops in items if crops is None], dtype=np.int64)
-    crops = torch.stack([crops for _, crops in good]) if good else None
-    return np.array([row for row, _ in good], dtype=np.int64), crops, bad
+def cut(image: np.ndarray, augmentation: str, size: int, crop_range: float) -> np.ndarray:
+    """The crops that an augmentation stores of one image: uint8 [H, W, 3] -> uint8 [crops, size, size, 3]."""
+    return CROPS[augmentation][1](image, size, crop_range)
 
 
 def encode(tokenizer: VQModel, crops: Tensor, device: torch.device) -> np.ndarray:
@@ -95,16 +72,12 @@ def encode(tokenizer: VQModel, crops: Tensor, device: torch.device) -> np.ndarra
 
 
 def make_header(config: ExtractConfig, source: ImageSource, tokenizer: VQModel) -> CodeHeader:
-    """What the codes will state about themselves."""
+    """The header of the codes; raises UserError when the tokenizer does not fit the options."""
     size, crops = config.images.image_size, CROPS[config.augmentation][0]
     if tokenizer.provenance.stage == "semantic":
         raise UserError(f"--vq-ckpt {config.vq_ckpt} is a stage 1 tokenizer, whose detail codebook is untrained: give "
                         "stage 2's.")
-    if config.augmentation == "ten-crop" and config.crop_range < 1:
-        raise UserError(f"--crop-range {config.crop_range} is below 1: ten crops need an image at least as large as a crop.")
-    if size % tokenizer.config.downsampling:
-        raise UserError(f"--image-size {size} is not a multiple of {tokenizer.config.downsampling}, the tokenizer's "
-                        "downsampling.")
+    require_multiple("--image-size", size, tokenizer.config.downsampling, "the tokenizer's downsampling")
     augmentation = f"ten-crop {config.crop_range}" if config.augmentation == "ten-crop" else config.augmentation
     return CodeHeader(tokenizer.provenance.fingerprint, list(tokenizer.config.codebook_sizes),
                       size // tokenizer.config.downsampling, size, crops, augmentation, source.num_classes, len(source),
@@ -124,8 +97,8 @@ def extract(config: ExtractConfig, processes: Processes) -> None:
     missing = writer.missing()
     processes.barrier()  # all have read the same state before anyone writes
     rows = missing[processes.rank :: processes.world_size]
-    loader = DataLoader(CropDataset(source, rows, config), max(config.batch_size // header.crops, 1), collate_fn=collate,
-                        num_workers=config.images.num_workers)
+    crop = partial(cut, augmentation=config.augmentation, size=config.images.image_size, crop_range=config.crop_range)
+    loader = crop_loader(source, rows, crop, max(config.batch_size // header.crops, 1), config.images.num_workers)
     bar = tqdm(total=len(rows), desc="extract", unit="images", disable=not processes.is_main, dynamic_ncols=True,
                mininterval=1.0)
     for readable, crops, unreadable in loader:

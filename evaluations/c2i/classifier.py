@@ -7,10 +7,10 @@ Inception features say little about 28-pixel clothes. The quickstart therefore t
 import logging
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its path
 
 import numpy as np
 import torch
@@ -20,11 +20,12 @@ from tqdm import tqdm
 
 from utils.checkpoint import export
 from utils.classifier import ClassifierConfig, SmallClassifier
-from utils.config import parse, run_main
+from utils.config import Device, NonNegative, Positive, Seed, UserError, parse, run_main
 from utils.crops import center_crop, to_tensor
 from utils.distributed import Processes, setup
 from utils.files import check_writable
-from utils.images import ImageSource, UnreadableImage, open_images
+from utils.image_dataset import CropDataset, collate_crops
+from utils.images import ImageSource, open_images
 from utils.run import set_up_logging
 
 log = logging.getLogger("classifier")
@@ -38,32 +39,29 @@ class ClassifierTrainConfig:
     """Image folder or npz with labels."""
     out: Path
     """File to write."""
-    image_size: int = 32
+    image_size: Positive = 32
     """Side of the square images in pixels."""
-    widths: tuple[int, ...] = (32, 64, 128)
+    widths: tuple[Positive, ...] = (32, 64, 128)
     """Channels of the stages, each at half the resolution of the one before."""
-    epochs: int = 8
+    epochs: Positive = 8
     """Passes over the data."""
-    batch_size: int = 128
+    batch_size: Positive = 128
     """Images per step."""
-    lr: float = 2e-3
+    lr: NonNegative = 2e-3
     """Peak of the one-cycle learning rate."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initialisation and data order."""
-    device: str = "auto"
-    """auto, cuda or cpu."""
+    device: Device = "auto"
+    """auto: CUDA where there is any."""
 
 
 def load_all(source: ImageSource, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """All readable images of a small set in memory: uint8 [N, size, size, 3] and labels [N]."""
-    images, rows = [], []
-    for index in range(len(source)):
-        try:
-            images.append(center_crop(source.load(index), size))
-            rows.append(index)
-        except UnreadableImage as error:
-            log.warning("skipped %s", error)
-    return np.stack(images), source.labels[rows]
+    """All readable images of a small set in memory: uint8 [N, size, size, 3] and labels [N]; UserError if there is none."""
+    crops = CropDataset(source, np.arange(len(source)), partial(center_crop, size=size))
+    rows, images, _ = collate_crops([crops[index] for index in range(len(crops))])
+    if images is None:
+        raise UserError(f"{source.option} {source.path} has no readable image: check that its images are whole.")
+    return images.numpy(), source.labels[rows]
 
 
 def augment(images: Tensor) -> Tensor:
@@ -73,21 +71,21 @@ def augment(images: Tensor) -> Tensor:
     return torch.where(mirrored, images.flip(3), images).roll((dy, dx), (2, 3))
 
 
-def train(options: ClassifierTrainConfig, processes: Processes) -> SmallClassifier:
+def train(config: ClassifierTrainConfig, processes: Processes) -> SmallClassifier:
     """Train with label-smoothed cross-entropy and a one-cycle learning rate."""
-    source = open_images(options.data_path)
-    images, labels = load_all(source, options.image_size)
-    labels = torch.from_numpy(labels).to(processes.device)
-    torch.manual_seed(options.seed)
-    model = SmallClassifier(ClassifierConfig(source.num_classes, options.widths)).to(processes.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.05)
-    steps = options.epochs * max(len(images) // options.batch_size, 1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=steps)
+    source = open_images(config.data_path)
+    images, class_ids = load_all(source, config.image_size)
+    labels = torch.from_numpy(class_ids).to(processes.device)
+    torch.manual_seed(config.seed)
+    model = SmallClassifier(ClassifierConfig(source.num_classes, config.widths)).to(processes.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.05)
+    steps = config.epochs * max(len(images) // config.batch_size, 1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps)
     bar = tqdm(total=steps, desc="classifier", dynamic_ncols=True, mininterval=1.0)
-    for _ in range(options.epochs):
-        order = np.random.default_rng([options.seed, bar.n]).permutation(len(images))
-        for first in range(0, max(len(order) - options.batch_size + 1, 1), options.batch_size):
-            rows = order[first : first + options.batch_size]
+    for _ in range(config.epochs):
+        order = np.random.default_rng([config.seed, bar.n]).permutation(len(images))
+        for first in range(0, max(len(order) - config.batch_size + 1, 1), config.batch_size):
+            rows = order[first : first + config.batch_size]
             batch = augment(to_tensor(torch.from_numpy(images[rows])).to(processes.device))
             loss = F.cross_entropy(model(batch), labels[rows], label_smoothing=0.1)
             optimizer.zero_grad()
@@ -102,13 +100,13 @@ def train(options: ClassifierTrainConfig, processes: Processes) -> SmallClassifi
 
 def main() -> None:
     """Train a classifier on an image source and export it."""
-    options = parse(ClassifierTrainConfig)
-    processes = setup(options.device)
+    config = parse(ClassifierTrainConfig)
+    processes = setup(config.device)
     set_up_logging(processes)
-    check_writable(options.out.parent, "--out")
-    model = train(options, processes)
-    export(options.out, "classifier", model.state_dict(), {"model": asdict(model.config)})
-    log.info("wrote %s", options.out)
+    check_writable(config.out.parent, "--out")
+    model = train(config, processes)
+    export(config.out, "classifier", model.state_dict(), {"model": asdict(model.config)})
+    log.info("wrote %s", config.out)
     processes.close()
 
 

@@ -8,8 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its path
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ import torch
 from evaluations.c2i.classifier import load_all
 from evaluations.c2i.metrics import feature_statistics, frechet_distance
 from utils.classifier import SmallClassifier, load_classifier
-from utils.config import UserError, parse, run_main
+from utils.config import Device, Positive, UserError, parse, run_main
 from utils.crops import to_tensor
 from utils.distributed import setup
 from utils.files import check_exists, check_writable, write_json
@@ -36,10 +35,10 @@ class JudgeConfig:
     """JSON to write."""
     samples: tuple[Path, ...] = ()
     """npz files with `arr_0` images and `arr_1` labels; each is judged under its file's name."""
-    image_size: int = 32
+    image_size: Positive = 32
     """Side of the square images in pixels."""
-    device: str = "auto"
-    """auto, cuda or cpu."""
+    device: Device = "auto"
+    """auto: CUDA where there is any."""
 
 
 @torch.no_grad()
