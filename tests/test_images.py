@@ -1,10 +1,13 @@
-"""Image sources, crops, tensors, the dataset and grids (utils/images.py)."""
+"""Image sources, crops, tensors, data sets and grids (utils: images, crops, image_dataset, pictures)."""
 
 import logging
 import os
 import pickle
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +18,8 @@ from torchvision.transforms import TenCrop
 
 from utils.config import UserError
 from utils.crops import center_crop, flip_crops, random_crop, sample_rng, ten_crops, to_tensor, to_uint8
-from utils.image_dataset import ImageDataset
-from utils.images import ImageSource, UnreadableImage, open_images
+from utils.image_dataset import ImageDataset, crop_loader
+from utils.images import ArrayImages, ImageSource, UnreadableImage, open_images
 from utils.pictures import image_grid
 
 
@@ -36,7 +39,7 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
 
 
-def npz(path: Path, **arrays: np.ndarray) -> Path:
+def npz(path: Path, **arrays: Any) -> Path:
     """Write an uncompressed npz."""
     np.savez(path, **arrays)
     return path
@@ -97,7 +100,7 @@ def test_images_beside_class_folders_are_mentioned(folder: Path, caplog: pytest.
 
 @pytest.mark.parametrize("shape", [(6, 8, 9, 3), (6, 8, 9, 1), (6, 8, 9)])
 @pytest.mark.parametrize("save_npz", [np.savez, np.savez_compressed])
-def test_npz_gives_rgb_for_every_layout(tmp_path: Path, shape: tuple[int, ...], save_npz: object) -> None:
+def test_npz_gives_rgb_for_every_layout(tmp_path: Path, shape: tuple[int, ...], save_npz: Callable[..., None]) -> None:
     """Grey data sets such as Fashion-MNIST come without a channel axis; compressed files must read the same."""
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     save_npz(tmp_path / "x.npz", images=pixels, labels=np.array([0, 2, 1, 0, 2, 4], np.uint8))
@@ -114,18 +117,18 @@ def test_uncompressed_npz_is_mapped(tmp_path: Path) -> None:
     pixels, labels = numbers(4)
     source = open_images(npz(tmp_path / "x.npz", images=pixels, labels=labels))
     source.load(0)
-    assert isinstance(source._images, np.memmap)
+    assert isinstance(source, ArrayImages) and isinstance(source._images, np.memmap)
 
 
 @pytest.mark.parametrize("make, sentence", [
     (lambda p: None, "does not exist: give the path of a folder with one sub-folder of images per class"),
     (lambda p: p.mkdir(), "has no class sub-folders (it is empty): give a folder with one sub-folder"),
     (lambda p: save(p / "x.png", noise(4, 4)), "has no class sub-folders (1 images lie flat in it): give"),
-    (lambda p: (save(p / "a" / "x.png", noise(4, 4)), (p / "hollow").mkdir()),
+    (lambda p: save(p / "a" / "x.png", noise(4, 4)) or (p / "hollow").mkdir(),  # type: ignore[func-returns-value]
      "has a class folder 'hollow' without any image (.jpg .jpeg .png .webp .bmp): remove the folder or"),
     (lambda p: p.write_text("text"), "is not a readable npz (File is not a zip file): give a folder"),
 ])
-def test_folder_mistakes(tmp_path: Path, make: object, sentence: str) -> None:
+def test_folder_mistakes(tmp_path: Path, make: Callable[[Path], Any], sentence: str) -> None:
     """A wrong path must be told in one sentence before any work starts, not become a wrong number of classes."""
     make(tmp_path / "p")
     with pytest.raises(UserError) as error:
@@ -160,7 +163,7 @@ def test_npz_mistakes(tmp_path: Path, arrays: dict[str, np.ndarray], sentence: s
 
 
 @pytest.mark.parametrize("save_npz", [np.savez, np.savez_compressed])
-def test_truncated_npz(tmp_path: Path, save_npz: object) -> None:
+def test_truncated_npz(tmp_path: Path, save_npz: Callable[..., None]) -> None:
     """A half-finished download is the commonest damage; it must not end in a traceback."""
     save_npz(tmp_path / "x.npz", images=noise(40, 40)[None], labels=np.array([0]))
     truncate(tmp_path / "x.npz")
@@ -231,7 +234,7 @@ def test_exif_rotation_is_not_applied(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [truncate, lambda p: p.write_text("x"), lambda p: p.write_bytes(b""), Path.unlink])
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp"])
-def test_unreadable_file_is_named(tmp_path: Path, damage: object, suffix: str) -> None:
+def test_unreadable_file_is_named(tmp_path: Path, damage: Callable[[Path], Any], suffix: str) -> None:
     """Whoever must repair a data set needs the file's name and the cause, not a decoder's traceback."""
     path = tmp_path / "class" / f"x.{suffix}"
     save(path, noise(64, 64))
@@ -439,9 +442,19 @@ def test_workers_do_not_change_the_augmentation(folder: Path) -> None:
     assert torch.equal(alone, shared)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_crop_loader_keeps_the_order_and_names_unreadable_rows(workers: int, caplog: pytest.LogCaptureFixture) -> None:
+    """What is written under a row must be that row's image; a batch may hold no readable image at all."""
+    rows = np.array([7, 3, 4, 0, 9])
+    batches = list(crop_loader(Faulty({3, 4, 9}), rows, partial(flip_crops, size=8), 2, workers))
+    assert [(good.tolist(), bad.tolist()) for good, _, bad in batches] == [([7], [3]), ([0], [4]), ([], [9])]
+    assert batches[0][1].shape == (1, 2, 8, 8, 3) and (batches[0][1] == 7).all() and batches[2][1] is None
+    assert workers or "unreadable image left out: image-4: damaged" in caplog.text
+
+
 @pytest.mark.parametrize("options", [{"augment": "centre"}, {"min_fraction": 0.9, "max_fraction": 0.8},
                                      {"min_fraction": 0.0}, {"max_fraction": 1.2}])
-def test_dataset_refuses_impossible_options(options: dict[str, object]) -> None:
+def test_dataset_refuses_impossible_options(options: dict[str, Any]) -> None:
     """A misspelt mode must not fall through to another augmentation."""
     with pytest.raises(ValueError):
         ImageDataset(Faulty(set()), 8, **options)
@@ -473,7 +486,7 @@ def test_grid_captions_stand_beside_the_images() -> None:
 
 @pytest.mark.parametrize("options", [{"columns": 0}, {"columns": 2, "labels": ["x"]}, {"columns": 2, "rows": ["x"]},
                                      {"columns": 2, "titles": ["x"]}])
-def test_grid_refuses_captions_that_do_not_fit(options: dict[str, object]) -> None:
+def test_grid_refuses_captions_that_do_not_fit(options: dict[str, Any]) -> None:
     """A missing caption would label the wrong image."""
     with pytest.raises(ValueError, match="do not fit"):
         image_grid(np.zeros((3, 4, 4, 3), np.uint8), **options)

@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +46,7 @@ def filled(path: Path) -> ImageStore:
 
 
 @pytest.mark.parametrize("save, mapped", [(np.savez, True), (np.savez_compressed, False)])
-def test_arrays_open_without_being_read(tmp_path: Path, save: object, mapped: bool) -> None:
+def test_arrays_open_without_being_read(tmp_path: Path, save: Callable[..., None], mapped: bool) -> None:
     """A reference of 10 GB must open at once; what is stored uncompressed is mapped."""
     arrays = {"a": pixels(), "b": np.asfortranarray(np.arange(12.0).reshape(3, 4)), "empty": np.zeros((0, 3))}
     save(tmp_path / "x.npz", **arrays)
@@ -58,7 +60,7 @@ def test_arrays_open_without_being_read(tmp_path: Path, save: object, mapped: bo
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_python_objects_are_refused(tmp_path: Path, save: object) -> None:
+def test_python_objects_are_refused(tmp_path: Path, save: Callable[..., None]) -> None:
     """A pickle inside a downloaded npz could run anything."""
     save(tmp_path / "x.npz", a=np.array([{}, None]))
     with pytest.raises(NPZ_ERRORS):
@@ -89,7 +91,12 @@ def test_contiguous_rows_are_written_at_once(tmp_path: Path, monkeypatch: pytest
     """One system call a batch, not one an image, keeps the disk out of the sampler's way."""
     store = ImageStore(tmp_path / "out.npz", SHAPE, IDENTITY)
     sizes, pwrite = [], os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: sizes.append(len(data)) or pwrite(fd, data, at))
+
+    def count(fd: int, data: memoryview, at: int) -> int:
+        sizes.append(len(data))
+        return pwrite(fd, data, at)
+
+    monkeypatch.setattr(os, "pwrite", count)
     store.write(np.array([2, 3, 4, 7]), pixels()[:4])
     assert sizes == [180, 3, 60, 1]
 
@@ -167,7 +174,7 @@ def test_skipped_rows_leave_all_arrays(tmp_path: Path, monkeypatch: pytest.Monke
     ({"seed": 0}, SHAPE, "was begun with scale [1.5, 2.0], not with None as now"),
     (IDENTITY, (11, 4, 5, 3), "was begun with shape [10, 4, 5, 3], not with [11, 4, 5, 3] as now"),
 ])
-def test_another_identity_is_refused(tmp_path: Path, identity: dict[str, object], shape: tuple[int, ...],
+def test_another_identity_is_refused(tmp_path: Path, identity: dict[str, object], shape: Any,
                                      sentence: str) -> None:
     """Rows of two settings in one file would give a number that belongs to neither."""
     filled(tmp_path / "out.npz").close()
@@ -334,8 +341,8 @@ def test_reference_of_two_processes(folder: Path) -> None:
     """torchrun from any folder gives the very same file."""
     out = folder.parent / "ref.npz"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               ROOT / "tokenizer" / "validation" / "val_ddp.py", "--data-path", folder, "--image-size", "16",
-               "--out", out, "--num-workers", "0"]
+               str(ROOT / "tokenizer" / "validation" / "val_ddp.py"), "--data-path", str(folder), "--image-size", "16",
+               "--out", str(out), "--num-workers", "0"]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=one_thread)
     assert done.returncode == 0, done.stderr
@@ -352,6 +359,10 @@ def test_reference_carries_on_after_a_crash(folder: Path, monkeypatch: pytest.Mo
     def crash(*_: object) -> None:
         raise KeyboardInterrupt
 
+    def count(image: np.ndarray, size: int) -> np.ndarray:
+        decoded.append(size)
+        return crop(image, size)
+
     monkeypatch.setattr(val_ddp, "_BATCH_SIZE", 4)
     monkeypatch.setattr(ImageStore, "write",
                         lambda store, rows, images: crash() if rows.min() >= 5 else write(store, rows, images))
@@ -359,7 +370,7 @@ def test_reference_carries_on_after_a_crash(folder: Path, monkeypatch: pytest.Mo
     with pytest.raises(KeyboardInterrupt):
         run_val(monkeypatch, *arguments)
     monkeypatch.setattr(ImageStore, "write", write)
-    monkeypatch.setattr(val_ddp, "center_crop", lambda image, size: decoded.append(1) or crop(image, size))
+    monkeypatch.setattr(val_ddp, "center_crop", count)
     run_val(monkeypatch, *arguments)
     assert 0 < len(decoded) < 9
     assert np.array_equal(open_array(out, "arr_0"), expected_reference(folder)[0])

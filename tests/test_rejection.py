@@ -53,8 +53,14 @@ def expected(drawn: dict[str, np.ndarray], probabilities: torch.Tensor) -> np.nd
 @pytest.fixture
 def drawn_rows(monkeypatch) -> list[int]:
     """The samples that are drawn, as they are drawn."""
-    seen, sample = [], Pipeline.sample
-    monkeypatch.setattr(Pipeline, "sample", lambda self, labels, rows: seen.extend(rows) or sample(self, labels, rows))
+    seen: list[int] = []
+    sample = Pipeline.sample
+
+    def record(self, labels, rows):
+        seen.extend(rows)
+        return sample(self, labels, rows)
+
+    monkeypatch.setattr(Pipeline, "sample", record)
     return seen
 
 
@@ -184,7 +190,7 @@ def resnet(tmp_path_factory) -> tuple[torch.nn.Module, Path]:
     """A timm ResNet-18 of three classes with random weights, and the file of its weights."""
     torch.manual_seed(0)
     model = timm.create_model("resnet18", num_classes=3).eval()
-    model.fc.weight.data.mul_(30)  # opinions that differ by image
+    model.state_dict()["fc.weight"].mul_(30)  # opinions that differ by image
     path = tmp_path_factory.mktemp("timm") / "resnet18.pth"
     torch.save(model.state_dict(), path)
     return model, path
