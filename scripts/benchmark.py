@@ -4,10 +4,9 @@
     python scripts/benchmark.py train       ms a forward and backward pass, tokens/s
     python scripts/benchmark.py evaluate    seconds of each of the evaluator's phases on random features
 
-Prints JSON.  `ratio` is our time over the published structure's (`published_structure.py`), both measured in turn in one
-run, the least of `--repeats`: noise only ever adds time.  `fraction_of_floor` is the time that the
-arithmetic and the reading of weights would take at the matrix product and memory rates that this machine shows
-(`machine` in the output), over ours.
+Prints JSON.  `ratio` is our time over the published structure's (`published_structure.py`).  Both are measured in turn in one
+run, and the least of `--repeats` counts, because noise only adds time.  `fraction_of_floor` is a lower bound over our time: the
+time that the arithmetic and the reading of weights would take at this machine's rates (`machine` in the output).
 """
 
 import json
@@ -17,10 +16,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started by its path
 
 import numpy as np
 import torch
@@ -33,7 +31,7 @@ from autoregressive.models.losses import stream_losses
 from autoregressive.models.packing import packed_linears
 from evaluations.c2i.metrics import feature_statistics, frechet_distance, inception_score, precision_recall
 from scripts import published_structure
-from utils.config import UserError, parse, run_main
+from utils.config import Count, Device, Positive, choices, parse, require_multiple, run_main
 from utils.distributed import setup
 
 
@@ -41,24 +39,24 @@ from utils.distributed import setup
 class BenchmarkConfig:
     """Options of a benchmark."""
 
-    task: tyro.conf.Positional[Literal["decode", "train", "evaluate"]]
+    task: tyro.conf.Positional[Annotated[str, choices(("decode", "train", "evaluate"))]]
     """What to time."""
-    gpt_model: str = "GPT-B"
-    """Size."""
-    image_size: int = 256
+    gpt_model: Annotated[str, choices(GPT_models)] = "GPT-B"
+    """Size of the GPT."""
+    image_size: Positive = 256
     """Side of the images; 256 is 16x16 cells."""
-    paradigm: Literal["hierarchical", "single"] = "hierarchical"
+    paradigm: Annotated[str, choices(("hierarchical", "single"))] = "hierarchical"
     """IAR2's prediction, or LlamaGen's (which has no published structure to compare with here)."""
-    batch_size: int = 0
+    batch_size: Count = 0
     """Images at once; 0: 4 to decode, with guidance, and 2 to train."""
-    cells: int = 32
-    """Decode: cells timed, from the first on; 0: the whole grid."""
-    repeats: int = 5
+    cells: Count = 32
+    """Decode: cells timed, from the first on; 0, or more than there are: the whole grid."""
+    repeats: Positive = 5
     """Timings of which the least counts."""
-    precision: Literal["auto", "bf16", "float32"] = "auto"
+    precision: Annotated[str, choices(("auto", "bf16", "float32"))] = "auto"
     """auto: bf16 on GPUs."""
-    device: str = "auto"
-    """auto, cuda or cpu."""
+    device: Device = "auto"
+    """auto: CUDA where there is any."""
 
 
 def synchronise(device: torch.device) -> None:
@@ -93,26 +91,24 @@ def machine_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 def make_gpt(config: BenchmarkConfig, device: torch.device) -> GPT:
     """A randomly initialised GPT."""
-    if config.gpt_model not in GPT_models:
-        raise UserError(f"--gpt-model {config.gpt_model} is unknown: choose one of {', '.join(GPT_models)}.")
     torch.manual_seed(0)
     sizes = (16384,) if config.paradigm == "single" else (256, 4096)
     gpt = build_gpt(config.gpt_model, grid_size=config.image_size // 16, paradigm=config.paradigm, codebook_sizes=sizes)
     for output in gpt.paradigm.output_layers():
-        torch.nn.init.normal_(output.weight, std=0.02)
+        torch.nn.init.normal_(next(output.parameters()), std=0.02)
     return gpt.to(device)
 
 
 def multiplications(gpt: GPT) -> int:
-    """Weights a cell is multiplied with: matrices, each as often as the positions it is applied to."""
-    slots = {"paradigm.head.layers": len(gpt.config.codebook_sizes) + 1}
-    return sum(parameter.numel() * next((n for prefix, n in slots.items() if name.startswith(prefix)), 1)
+    """Multiplications for one cell: the entries of all matrices, those of the head's layers once for each slot."""
+    slots = len(gpt.config.codebook_sizes) + 1
+    return sum(parameter.numel() * (slots if name.startswith("paradigm.head.layers") else 1)
                for name, parameter in gpt.named_parameters() if parameter.ndim == 2 and "embedding" not in name)
 
 
-def benchmark_decode(config: BenchmarkConfig, gpt: GPT, device: torch.device, rates: dict) -> dict:
+def benchmark_decode(config: BenchmarkConfig, gpt: GPT, device: torch.device, rates: dict[str, float]) -> dict[str, Any]:
     """Decode the first cells with guidance, ours and the published structure in turn."""
-    batch, cells = config.batch_size or 4, config.cells or gpt.config.cells
+    batch, cells = config.batch_size or 4, min(config.cells or gpt.config.cells, gpt.config.cells)
     gpt.eval().requires_grad_(False)
     labels = torch.arange(batch, device=device)
     uniforms = draw_uniforms(0, np.arange(batch), len(gpt.config.codebook_sizes), gpt.config.cells).to(device)
@@ -120,8 +116,13 @@ def benchmark_decode(config: BenchmarkConfig, gpt: GPT, device: torch.device, ra
 
     def ours() -> float:
         decoding = start_decoding(gpt, labels, options, uniforms)
+
+        def run() -> None:
+            for _ in range(cells):
+                decode_step(gpt, decoding)
+
         with packed_linears(gpt, 2 * batch):  # once a batch of images, 0.3 s for GPT-B
-            return seconds(lambda: [decode_step(gpt, decoding) for _ in range(cells)], device)
+            return seconds(run, device)
 
     def published() -> float:
         sampler = Sampler(gpt, options, uniforms)
@@ -147,7 +148,8 @@ def compare(taken: dict[str, float], unit: str) -> dict[str, float]:
     return {f"published_{unit}": 1e3 * taken["published"], "ratio": taken["ours"] / taken["published"]}
 
 
-def benchmark_train(config: BenchmarkConfig, gpt: GPT, device: torch.device, rates: dict, bf16: bool) -> dict:
+def benchmark_train(config: BenchmarkConfig, gpt: GPT, device: torch.device, rates: dict[str, float],
+                    bf16: bool) -> dict[str, Any]:
     """Forward and backward pass of whole grids, ours and the published structure in turn."""
     batch, shape = config.batch_size or 2, gpt.config
     gpt.train()
@@ -173,7 +175,7 @@ def benchmark_train(config: BenchmarkConfig, gpt: GPT, device: torch.device, rat
             "batch_size": batch, "fraction_of_floor": floor / taken["ours"], **compare(taken, "ms_per_step")}
 
 
-def benchmark_evaluate(config: BenchmarkConfig, device: torch.device) -> dict:
+def benchmark_evaluate(config: BenchmarkConfig, device: torch.device) -> dict[str, float]:
     """The evaluator's phases after the network, on 10,000 random rows (the inception score: 50,000)."""
     generator = torch.Generator().manual_seed(0)
     real, fake = (torch.randn(10_000, 2048, generator=generator).square() for _ in range(2))
@@ -183,7 +185,7 @@ def benchmark_evaluate(config: BenchmarkConfig, device: torch.device) -> dict:
         "mean_and_covariance": lambda: seconds(lambda: feature_statistics(real), device),
         "frechet_distance": lambda: seconds(lambda: frechet_distance(*statistics), device),
         "precision_recall": lambda: seconds(lambda: precision_recall(real, fake, device=device), device),
-        "inception_score": lambda: seconds(lambda: inception_score(probabilities), device)}, max(config.repeats, 1) - 1)
+        "inception_score": lambda: seconds(lambda: inception_score(probabilities), device)}, config.repeats - 1)
 
 
 def peak_memory(device: torch.device) -> float:
@@ -196,12 +198,13 @@ def peak_memory(device: torch.device) -> float:
 def main() -> None:
     """Parse options, measure, print JSON."""
     config = parse(BenchmarkConfig)
+    require_multiple("--image-size", config.image_size, 16, "the tokenizers' downsampling")
     processes = setup(config.device)
     device = processes.device
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     rates = machine_rates(device, torch.bfloat16 if bf16 else torch.float32)
     if config.task == "evaluate":
-        figures = benchmark_evaluate(config, device)
+        figures: dict[str, Any] = benchmark_evaluate(config, device)
     elif config.task == "decode":
         figures = benchmark_decode(config, make_gpt(config, device).to(torch.bfloat16 if bf16 else torch.float32), device, rates)
     else:

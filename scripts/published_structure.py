@@ -1,27 +1,29 @@
 """Our weights computed in the structure of the published IAR2 code, as the yardstick of `scripts/benchmark.py`.
 
-The arithmetic is that of our models (the results agree); the structure is what the published code does: hand-written
-norms, a rotation of separate heads, the context MLP on each cell's twelve neighbours, general attention kernels for the
-head's three slots, and while decoding attention over the whole block under a mask, three head passes a cell, and
-head caches as long as the trunk's that are made anew for every cell.  Nothing but the benchmark and its test imports this module.
+The arithmetic is that of our models, and the results agree.  The structure is that of the published code: hand-written norms,
+rotation of separate heads, the context MLP on each cell's twelve neighbours, general attention kernels for the head's three
+slots.  While decoding it attends over the whole block under a mask, makes three head passes per cell, and allocates for every
+cell head caches as long as the trunk's.  Only the benchmark and its test import this module.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from autoregressive.models.generate import Sampler
 from autoregressive.models.gpt import GPT
-from autoregressive.models.paradigms import Pick
+from autoregressive.models.local_head import LocalContext
+from autoregressive.models.paradigms import Hierarchical, Pick
 from autoregressive.models.transformer import Block
 
 
 def norm(module: torch.nn.RMSNorm, x: Tensor) -> Tensor:
     """Root-mean-square norm in separate operations: [..., D] -> [..., D]."""
     x32 = x.float()
-    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + module.eps)).type_as(x) * module.weight
+    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + (module.eps or 0.0))).type_as(x) * module.weight
 
 
 def rotate_heads(x: Tensor, rotary: Tensor) -> Tensor:
@@ -32,9 +34,10 @@ def rotate_heads(x: Tensor, rotary: Tensor) -> Tensor:
     return torch.stack(rotated, dim=-1).flatten(3).type_as(x)
 
 
-def run_layer(block: Block, x: Tensor, rotary: Tensor, cache: tuple[Tensor, Tensor] | None = None,
+def run_layer(block: nn.Module, x: Tensor, rotary: Tensor, cache: tuple[Tensor, Tensor] | None = None,
               mask: Tensor | None = None, position: int = 0) -> Tensor:
     """One layer: [B, T, D] -> [B, T, D]; with a cache [B, H, S, E] attention runs over all S slots under a mask [T, S]."""
+    assert isinstance(block, Block)
     attention = block.attention
     q, k, v = (t.unflatten(-1, (attention.n_head, -1)) for t in attention.wqkv(norm(block.attention_norm, x)).chunk(3, -1))
     q, k = rotate_heads(q, rotary), rotate_heads(k, rotary)
@@ -48,16 +51,23 @@ def run_layer(block: Block, x: Tensor, rotary: Tensor, cache: tuple[Tensor, Tens
     return x + block.feed_forward(norm(block.ffn_norm, x))
 
 
+def parts(gpt: GPT) -> tuple[Hierarchical, LocalContext]:
+    """The paradigm and the local context of a GPT that the published code has too."""
+    assert isinstance(gpt.paradigm, Hierarchical) and gpt.paradigm.head.context is not None
+    return gpt.paradigm, gpt.paradigm.head.context
+
+
 def head_rotary(gpt: GPT) -> Tensor:
     """Rows of the head's slots: the published table, or the identity where ours are not rotated."""
-    if gpt.paradigm.head.rotary is not None:
-        return gpt.paradigm.head.rotary
+    rotary = parts(gpt)[0].head.rotary
+    if rotary is not None:
+        return rotary
     return torch.stack([torch.ones_like(gpt.rotary[:3, :, 0]), torch.zeros_like(gpt.rotary[:3, :, 0])], dim=-1)
 
 
 def forward(gpt: GPT, labels: Tensor, codes: Tensor) -> list[Tensor]:
     """Teacher-forced logits, as `GPT.forward`."""
-    paradigm, context = gpt.paradigm, gpt.paradigm.head.context
+    paradigm, context = parts(gpt)
     x = torch.cat([gpt.cls_embedding(gpt.drop_classes(labels))[:, None], paradigm.inputs(codes)], dim=1)
     x = gpt.token_dropout(x)
     for block in gpt.layers:
@@ -80,7 +90,7 @@ class Decoder:
         config = gpt.config
         length = -(-(config.cells + 2) // 8) * 8  # rounded up to a multiple of 8, for trunk and head alike
         self.gpt, self.rows, self.shape = gpt, rows, (rows, config.n_head, length, config.dim // config.n_head)
-        self.make = {"device": gpt.rotary.device, "dtype": gpt.cls_embedding.weight.dtype}
+        self.make: dict[str, Any] = {"device": gpt.rotary.device, "dtype": gpt.cls_embedding.weight.dtype}
         self.caches = self.new_caches(len(gpt.layers))
         self.mask = torch.tril(torch.ones(length, length, dtype=torch.bool, device=gpt.rotary.device))
         self.states = torch.zeros(rows, config.cells + 1, config.dim, **self.make)
@@ -97,7 +107,7 @@ class Decoder:
 
     def step(self, x: Tensor, cell: int, pick: Pick) -> Tensor:
         """[B, D] -> the next trunk input [B, D]; `pick` chooses codes from logits."""
-        gpt, paradigm, context = self.gpt, self.gpt.paradigm, self.gpt.paradigm.head.context
+        gpt, (paradigm, context) = self.gpt, parts(self.gpt)
         x = x[:, None]
         for block, cache in zip(gpt.layers, self.caches):
             x = run_layer(block, x, gpt.rotary[cell : cell + 1], cache, self.mask[cell : cell + 1], cell)

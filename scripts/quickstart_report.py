@@ -1,17 +1,14 @@
-"""Gather what the quickstart's phases left into figures.json and report.md."""
+"""Gather what the quickstart's phases measured in figures.json and report.md."""
 
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started by its path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from utils.config import parse, run_main
 from utils.files import write_json
@@ -34,7 +31,8 @@ def draw_curves(folder: Path) -> None:
     """Loss curves of the three trainings in one picture."""
     panels = [("stage 1", "vq/semantic", ("perceptual",)), ("stage 2", "vq/dual", ("pixel",)),
               ("GPT", "gpt", ("loss_semantic", "loss_detail"))]
-    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.2))
+    figure = Figure(figsize=(12, 3.2))
+    axes = figure.subplots(1, len(panels))
     for axis, (title, run_dir, names) in zip(axes, panels):
         lines = read_metrics(folder / run_dir)
         for name in names:
@@ -47,8 +45,8 @@ def draw_curves(folder: Path) -> None:
     figure.savefig(folder / "curves.png", dpi=90)
 
 
-def gather(folder: Path) -> dict:
-    """All figures, from the files the phases left."""
+def gather(folder: Path) -> dict[str, Any]:
+    """All figures, from the files that the phases wrote."""
     judged = json.loads((folder / "judged.json").read_text())
     semantic, dual = (json.loads((folder / f"{name}.json").read_text()) for name in ("stage1", "stage2"))
     return {
@@ -67,7 +65,7 @@ def gather(folder: Path) -> dict:
     }
 
 
-def report(figures: dict) -> str:
+def report(figures: dict[str, Any]) -> str:
     """The report in Markdown."""
     judged = f"{figures['class_accuracy_reconstructed']:.1%} | {figures['frechet_reconstructed']:.3f}"
     seconds = "\n".join(f"| {name} | {value} |" for name, value in figures["seconds"].items())

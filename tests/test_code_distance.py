@@ -132,8 +132,9 @@ def test_a_stage_1_tokenizer_has_one_codebook(images_folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options, words", [
-    (("--stream", 2), "--stream 2 is not among the 2 trained codebooks"), (("--points", 1), "--points 1 is too few"),
-    (("--images", 0), "--images 0 is too few"), (("--image-size", 20), "not a multiple of 8"),
+    (("--stream", 2), "--stream 2 is not among the 2 trained codebooks"),
+    (("--points", 1), "--points 1 is out of range: give an integer of 2 or more"),
+    (("--images", 0), "--images 0 is out of range"), (("--image-size", 20), "not a multiple of 8"),
 ])
 def test_mistakes_are_one_sentence(models, images_folder, tmp_path, options, words, capsys):
     """A wrong option ends before minutes of decoding, with a remedy and no traceback."""

@@ -61,7 +61,7 @@ def test_folders_of_one_name_stay_apart(runs, tmp_path):
 @pytest.mark.parametrize("options, words", [
     (("--metric", "fid"), "which logs loss, lr, psnr: choose one"),
     (("--names", "one"), "--names has 1 names for 2 runs"),
-    (("--smooth", 1), "--smooth 1.0 is no weight"),
+    (("--smooth", 1), "--smooth 1.0 is out of range: give a number from 0 to below 1"),
     (("--out", "losses.json"), "give one that ends in .png, .pdf or .svg"),
 ])
 def test_mistakes_are_one_sentence(runs, tmp_path, options, words, capsys):

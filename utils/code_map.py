@@ -1,4 +1,4 @@
-"""Code maps: what turns the codes of one tokenizer into the codes a GPT is trained on.
+"""Code maps: tables that turn the codes of one tokenizer into the codes that a GPT is trained on.
 
 A code map is a table [K, C'] that replaces every code of a single codebook by C' codes: IAR's rearrangement is a
 permutation [K, 1], CTF's coarse labels are [K, 1], and CTF's fine stage reads (coarse, fine) pairs [K, 2].  Trainers
@@ -18,7 +18,7 @@ from utils.config import UserError
 
 @dataclass
 class CodeMap:
-    """A table of codes and what it leads from and to."""
+    """A table of codes, and the tokenizers whose codes it reads and gives."""
 
     table: np.ndarray               # [K, C'] int64
     codebook_sizes: tuple[int, ...]  # of the C' streams it gives
@@ -31,7 +31,7 @@ class CodeMap:
         return np.moveaxis(self.table[codes[..., 0, :]], -1, -2)
 
     def header(self, header: CodeHeader, option: str) -> CodeHeader:
-        """The header of mapped codes; raises UserError when the map is of other codes."""
+        """The header of mapped codes; raises UserError when the codes are not those that the map reads."""
         if self.source != header.tokenizer:
             raise UserError(f"{option} maps codes of tokenizer {self.source} but the codes were made by tokenizer "
                             f"{header.tokenizer}: give the map that was made from it.")

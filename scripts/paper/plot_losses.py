@@ -9,14 +9,14 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its path
 
 import tyro
 from matplotlib.figure import Figure
 
-from utils.config import UserError, parse, run_main
+from utils.config import Fraction, UserError, parse, run_main
 from utils.files import check_writable, write_json
 
 
@@ -32,14 +32,14 @@ class PlotConfig:
     """Logged value to draw."""
     names: tuple[str, ...] = ()
     """Names in the legend, one per run; empty: the folders' names."""
-    smooth: float | None = None
-    """Weight of the past in the moving average; 0: none; left out: what averages a tenth of the curve."""
+    smooth: Fraction | None = None
+    """Weight of the past in the moving average; 0: no average; None: about a tenth of the curve is averaged."""
     log_x: bool = False
     """Steps on a logarithmic axis."""
 
 
 def smoothed(values: list[float], weight: float | None) -> list[float]:
-    """Exponential moving average, divided by the weights that have come together so far: no pull towards 0.
+    """Exponential moving average, divided by the sum of the weights so far, so that it does not start near 0.
 
     weight: of the past, in [0, 1); None: 1 - 10/n for n values, so that short curves are not flattened.
     """
@@ -84,14 +84,12 @@ def check(config: PlotConfig) -> None:
         raise UserError("no run folder was given: name at least one before the options.")
     if config.names and len(config.names) != len(config.runs):
         raise UserError(f"--names has {len(config.names)} names for {len(config.runs)} runs: give one per run, or none.")
-    if config.smooth is not None and not 0 <= config.smooth < 1:
-        raise UserError(f"--smooth {config.smooth} is no weight: give a number from 0 to below 1.")
     if config.out.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--out {str(config.out)!r} is not the name of a picture: give one that ends in .png, .pdf or "
                         ".svg.")
 
 
-def draw(curves: list[dict], config: PlotConfig) -> Figure:
+def draw(curves: list[dict[str, Any]], config: PlotConfig) -> Figure:
     """The picture of all curves."""
     figure = Figure(figsize=(7, 4.5))
     axis = figure.subplots()

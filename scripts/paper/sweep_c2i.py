@@ -1,24 +1,22 @@
 """Sweep guidance ranges: sample and evaluate a grid of them from one checkpoint (table 9, figure 7a).
 
-The models are loaded once.  Every range has an npz and a line of `sweep.json` of its own, so that an interrupted sweep
-carries on with the ranges that are missing.  Figures are ADM's five, or with --judge those of a small classifier.
+The models are loaded once.  Every range has its own npz and its own entry in `sweep.json`, so that an interrupted sweep goes on
+with the missing ranges.  Figures are ADM's five, or with --judge those of a small classifier.
 """
 
 import logging
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from autoregressive.sample.pipeline import Pipeline, carried_options, check_sampling
 from autoregressive.sample.sample_c2i_ddp import SampleConfig, write_samples
@@ -59,55 +57,57 @@ class SweepConfig:
     """torch-fidelity's Inception weights; None downloads them."""
 
 
-Evaluate = Callable[[Path], dict[str, float]]
+Figures = Mapping[str, float | None]
 
 
 def parse_range(text: str) -> tuple[float, float]:
     """"START:END" -> two numbers; raises UserError for anything else."""
-    try:
-        start, end = (float(part) for part in text.split(":"))
-    except ValueError as error:
-        raise UserError(f"--ranges {text!r} is no range: give START:END, for example 1.75:3.0.") from error
-    return start, end
+    found = re.fullmatch(r"(\d*\.?\d+):(\d*\.?\d+)", text)
+    if found is None:
+        raise UserError(f"--ranges {text!r} is no range: give START:END, for example 1.75:3.0.")
+    return float(found[1]), float(found[2])
 
 
-def adm_figures(config: SweepConfig, size: int, device: torch.device) -> Evaluate:
-    """ADM's metrics of an npz against --reference, the network loaded once."""
+def adm_figures(config: SweepConfig, device: torch.device) -> Callable[[Path], Figures]:
+    """A function that gives ADM's metrics of an npz against --reference; the network is loaded once."""
     check_exists(config.reference, "--reference", "ADM's reference npz")
     source = FeatureSource(config.inception_weights, device)
     reference = EvaluationFile(config.reference, "--reference")
     return lambda path: compare(reference, EvaluationFile(path, "sample"), source)
 
 
-def judge_figures(config: SweepConfig, size: int, device: torch.device) -> Evaluate:
-    """A small classifier's figures of an npz against --reference, brought to `size` pixels."""
+def judge_figures(config: SweepConfig, size: int, device: torch.device) -> Callable[[Path], Figures]:
+    """A function that gives a small classifier's figures of an npz against --reference, cropped to `size` pixels."""
     classifier = load_classifier(config.judge, option="--judge").to(device)
     images, _ = load_all(open_images(config.reference, "--reference"), size)
     reference = feature_statistics(features_and_votes(classifier, images, device)[0])
 
-    def evaluate(path: Path) -> dict[str, float]:
+    def evaluate(path: Path) -> Figures:
         with np.load(path) as data:
             return judge(classifier, data["arr_0"], data["arr_1"], reference, device)
 
     return evaluate
 
 
-def sweep(config: SweepConfig, processes: Processes) -> dict[str, dict[str, float]]:
+def sweep(config: SweepConfig, processes: Processes) -> dict[str, Figures]:
     """Sample and evaluate every range that is missing; returns the figures by range."""
     base, results_file = config.samples, config.folder / "sweep.json"
     options = {text: replace(base.sampling, cfg_scale=parse_range(text)) for text in config.ranges}
     pipeline = Pipeline(base.models, options[config.ranges[0]], base.fine, processes.device)
     for sampling in options.values():  # all ranges are checked before the first is drawn
         check_sampling(sampling, pipeline.gpt)
-    make = judge_figures if config.judge else adm_figures
-    evaluate = make(config, pipeline.image_size, processes.device) if processes.is_main else None
-    results = read_json(results_file, "--folder", "sweep.json") if processes.is_main and results_file.exists() else {}
+    evaluate: Callable[[Path], Figures] | None = None
+    results: dict[str, Any] = {}
+    if processes.is_main:
+        evaluate = (judge_figures(config, pipeline.image_size, processes.device) if config.judge
+                    else adm_figures(config, processes.device))
+        results = read_json(results_file, "--folder", "sweep.json") if results_file.exists() else {}
     for text, sampling in options.items():
         pipeline.sampling = sampling
         out = config.folder / f"{text.replace(':', '-')}.npz"
         write_samples(replace(base, sampling=sampling, out=out), pipeline, None, processes)
-        if processes.is_main:
-            with np.load(out) as data:  # what the figures are of: other samples or another reference are judged anew
+        if evaluate is not None:
+            with np.load(out) as data:  # other samples, or another reference, are evaluated again
                 about = {"samples": str(data["options"]), "reference": str(config.reference), "judge": config.judge}
             if results.get(text, {}).get("of") != about:
                 results[text] = {"figures": evaluate(out), "of": about}
@@ -118,20 +118,21 @@ def sweep(config: SweepConfig, processes: Processes) -> dict[str, dict[str, floa
     return {text: results[text]["figures"] for text in config.ranges} if processes.is_main else {}
 
 
-def write_table(results: dict[str, dict[str, float]], path: Path) -> None:
-    """Markdown table, a row per range."""
+def table(results: dict[str, Figures]) -> str:
+    """Markdown table, a row for each range."""
     names = list(next(iter(results.values())))
     lines = ["| start | end | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 2)]
     for text, figures in results.items():
         cells = ["n/a" if figures[name] is None else f"{figures[name]:.4g}" for name in names]
         lines.append("| " + " | ".join([*text.split(":"), *cells]) + " |")
-    path.write_text("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
-def draw_curves(results: dict[str, dict[str, float]], path: Path) -> None:
-    """Figures over the end of the range, a curve for each start; constant guidance is a curve of its own."""
+def draw_curves(results: dict[str, Figures], path: Path) -> None:
+    """Figures over the end of the range, with a curve for each start and one for constant guidance."""
     names = [name for name in next(iter(results.values())) if name != "images"]
-    figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.4), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(4.2 * len(names), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False)
     points = sorted(((*parse_range(text), figures) for text, figures in results.items()), key=lambda point: point[:2])
     curves = {f"from {start:g}": [(e, f) for s, e, f in points if s == start and e != s] for start, *_ in points}
     curves["constant"] = [(e, f) for s, e, f in points if s == e]
@@ -144,7 +145,6 @@ def draw_curves(results: dict[str, dict[str, float]], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0][0].legend()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def main() -> None:
@@ -152,8 +152,6 @@ def main() -> None:
     config = parse(SweepConfig, lambda options: carried_options(options.samples))
     processes = setup(config.samples.models.device)
     set_up_logging(processes)
-    if not config.ranges:
-        raise UserError("--ranges is empty: give at least one START:END.")
     if config.samples.rejection.rejection_ratio > 1:
         raise UserError("--rejection-ratio is not for sweeps: sample the chosen range with sample_c2i_ddp.py.")
     carried = carried_options(config.samples).get("cfg_scale", ())
@@ -162,9 +160,10 @@ def main() -> None:
     check_writable(config.folder, "--folder")
     results = sweep(config, processes)
     if processes.is_main:
-        write_table(results, config.folder / "sweep.md")
+        text = table(results)
+        (config.folder / "sweep.md").write_text(text)
         draw_curves(results, config.folder / "sweep.png")
-        print((config.folder / "sweep.md").read_text())
+        print(text)
     processes.close()
 
 

@@ -3,9 +3,9 @@
     python scripts/paper/table.py merge FILE... --folder F --name ROW      add a JSON file's figures to F/ROW.json
     python scripts/paper/table.py show --folder F --table 5 --rows ROW...  the table in Markdown, kept as F/table5.md
 
-Figures of a row that was run with several seeds lie in ROW-seed0.json, ROW-seed1.json, ...; they become mean ± deviation.
-Published figures are in published.json, of ImageNet at full scale; toy figures beside them show that a row runs, not the
-values.
+Figures of a row that was run with several seeds are in ROW-seed0.json, ROW-seed1.json, ...; the table shows mean ± standard
+deviation.  The published figures, in published.json, are of ImageNet at full scale.  Toy figures beside them only show that a
+row runs.
 """
 
 import json
@@ -13,14 +13,13 @@ import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its path
 
 import tyro
 
-from utils.config import UserError, parse, run_main
+from utils.config import UserError, choices, parse, run_main
 from utils.files import read_json, write_json
 
 PUBLISHED = Path(__file__).with_name("published.json")
@@ -34,7 +33,7 @@ COLUMNS = {"fid": 2, "sfid": 2, "inception_score": 1, "precision": 3, "recall": 
 class TableConfig:
     """Options of the tables."""
 
-    task: tyro.conf.Positional[Literal["merge", "show"]]
+    task: tyro.conf.Positional[Annotated[str, choices(("merge", "show"))]]
     """Gather figures, or print a table."""
     files: tyro.conf.Positional[tuple[Path, ...]] = ()
     """merge: JSON files."""
@@ -43,9 +42,9 @@ class TableConfig:
     name: str = ""
     """merge: the row."""
     keys: tuple[str, ...] = ()
-    """merge: keys of the files' objects, from the outside in, below which the figures are."""
+    """merge: keys that lead to the figures in the files' nested objects, outermost first."""
     prefix: str = ""
-    """merge: put before the figures' names (r makes rfid of fid)."""
+    """merge: put before the figures' names (r turns fid into rfid)."""
     table: str = ""
     """show: key of published.json."""
     rows: tuple[str, ...] = ()

@@ -1,14 +1,12 @@
 """How far an image changes when its codes do: MSE and LPIPS against code distance (the paper's figure 3, section 3.1).
 
-Every code of an image is replaced by that code of the same codebook whose distance to it is nearest to a target, and
-the result is decoded; targets run from 0, where the codes stay, to the largest distance in the codebook.  `--against
-source` compares the decoded image with the image that was encoded, as the figure's caption says: the curve starts at
-the tokenizer's own error.  `--against reconstruction` compares it with the decoding of the unchanged codes: the curve
-starts at 0.
+Every code of an image is replaced by another of the same codebook, the one whose distance to it is nearest to a target.
+The result is decoded.  Targets go from 0, where the codes stay, to the largest distance in the codebook.  `--against source`
+compares the decoded image with the image that was encoded, as the figure's caption says: the curve starts at the tokenizer's
+own error.  `--against reconstruction` compares it with the decoding of the unchanged codes: the curve starts at 0.
 
-Deviation from the paper: its distances are those of embeddings that are not normalised.  Here they are those of the
-codes as the tokenizer uses them; L2-normalised ones are at most 2 apart.  Images are compared in [-1, 1], to which
-decoded ones are clamped.
+Deviation from the paper: it measures distances of embeddings that are not normalised.  Here distances are between codes as the
+tokenizer uses them; L2-normalised ones are at most 2 apart.  Decoded images are clamped to [-1, 1] and compared there.
 """
 
 import logging
@@ -16,10 +14,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its path
 
 import numpy as np
 import torch
@@ -32,7 +29,7 @@ from tokenizer.tokenizer_image.evaluate import reconstruct
 from tokenizer.tokenizer_image.perceptual import PerceptualNet, build_perceptual
 from tokenizer.tokenizer_image.quantizer import Streams
 from tokenizer.tokenizer_image.vq_model import VQModel, load_tokenizer
-from utils.config import UserError, parse, run_main
+from utils.config import Count, Device, Positive, UserError, choices, interval, parse, require_multiple, run_main
 from utils.crops import to_uint8
 from utils.distributed import setup
 from utils.files import check_writable, write_json
@@ -56,36 +53,36 @@ class CodeDistanceConfig:
     """tokenizer.safetensors or the run folder that holds it."""
     out: Path
     """Folder for code_distance.json, code_distance.png and code_distance_images.png."""
-    against: Literal["source", "reconstruction"] = "source"
+    against: Annotated[str, choices(("source", "reconstruction"))] = "source"
     """Compare with the images themselves, or with their reconstructions from unchanged codes."""
-    stream: int = 0
+    stream: Count = 0
     """Codebook whose codes are replaced; those of the others stay."""
-    points: int = 12
+    points: Annotated[int, interval(int, 2)] = 12
     """Distances, from 0 to the largest."""
-    images: int = 256
+    images: Positive = 256
     """Images at most, evenly over the classes."""
     perceptual_net: PerceptualNet = "vgg"
     """LPIPS backbone, random, or classifier."""
     perceptual_file: str = ""
     """Local weights of it; empty: the usual download."""
-    batch_size: int = 32
+    batch_size: Positive = 32
     """Images decoded at once."""
-    device: str = "auto"
-    """auto, cuda or cpu."""
+    device: Device = "auto"
+    """auto: CUDA where there is any."""
 
 
 class Replacements(NamedTuple):
-    """By which code each code of a codebook is replaced at each of P target distances."""
+    """For each of P target distances, the code that replaces each code of a codebook."""
 
     targets: Tensor    # [P], from 0
     codes: Tensor      # int64 [P, K]
-    distances: Tensor  # [P, K], from the code that is replaced
+    distances: Tensor  # [P, K], to the code that is replaced
 
 
 def distance_rows(codebook: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Distances of some codes to all, a chunk at a time: [K, d] -> (first code, [R, K]).
 
-    Differences are squared, not products: a code is at exactly 0 from itself, and TF32 has no part in it.
+    Computed from differences, not from products: the distance of a code to itself is exactly 0, and TF32 is not used.
     """
     for first in range(0, len(codebook), _CHUNK):
         rows = codebook[first : first + _CHUNK]
@@ -93,9 +90,10 @@ def distance_rows(codebook: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def replacements(codebook: Tensor, points: int) -> Replacements:
-    """For each code of a codebook [K, d], another at each of `points` targets from 0 to the largest distance in it.
+    """Replacements of a codebook [K, d] at `points` target distances, from 0 to the largest distance between two codes.
 
-    Target 0 keeps the code; the others take that other code whose distance is nearest to the target, the lower of two.
+    At target 0 every code stays.  At the others it is replaced by the other code whose distance to it is nearest to the
+    target, the lower one of two.
     """
     largest = max(distances.max().item() for _, distances in distance_rows(codebook))
     targets = torch.linspace(0, largest, points)                                   # [P]
@@ -110,7 +108,7 @@ def replacements(codebook: Tensor, points: int) -> Replacements:
 
 
 def replace_codes(codes: Tensor, stream: int, replacement: Tensor) -> Tensor:
-    """Codes [B, C, h, w] with those of one stream exchanged by a table [K]."""
+    """Codes [B, C, h, w] with those of one stream replaced by a table [K]."""
     changed = codes.clone()
     changed[:, stream] = replacement[codes[:, stream]]
     return changed
@@ -122,8 +120,8 @@ def decode(tokenizer: VQModel, codes: Tensor) -> Tensor:
 
 
 def measure(config: CodeDistanceConfig, tokenizer: VQModel, streams: Streams, dataset: ImageDataset,
-            replaced: Replacements, device: torch.device) -> list[dict]:
-    """The curve: of every point the target, the realised distance (mean over cells), mse, lpips, and of what."""
+            replaced: Replacements, device: torch.device) -> list[dict[str, Any]]:
+    """The curve: for every point the target, the realised distance (mean over cells), mse, lpips, and what was measured."""
     perceptual = build_perceptual(config.perceptual_net, config.perceptual_file, device)
     points = len(replaced.targets)
     sums = torch.zeros(points, 3, dtype=torch.float64, device=device)  # distance, MSE, LPIPS
@@ -145,7 +143,7 @@ def measure(config: CodeDistanceConfig, tokenizer: VQModel, streams: Streams, da
             for target, line in zip(replaced.targets.tolist(), (sums / count).tolist())]
 
 
-def draw_curves(curve: list[dict], config: CodeDistanceConfig) -> Figure:
+def draw_curves(curve: list[dict[str, Any]], config: CodeDistanceConfig) -> Figure:
     """Figure 3a: MSE on the left axis, the perceptual distance on the right, over the realised code distance."""
     figure = Figure(figsize=(6, 4))
     left = figure.subplots()
@@ -153,11 +151,11 @@ def draw_curves(curve: list[dict], config: CodeDistanceConfig) -> Figure:
     distances = [point["distance"] for point in curve]
     perceptual = {"classifier": "classifier distance", "random": "LPIPS of a random network"}
     names = "MSE", perceptual.get(config.perceptual_net, f"LPIPS ({config.perceptual_net})")
-    lines = [axis.plot(distances, [point[key] for point in curve], marker, color=color, label=name)[0]
-             for axis, key, name, marker, color in ((left, "mse", names[0], "o-", "tab:blue"),
-                                                    (right, "lpips", names[1], "s--", "tab:orange"))]
-    for axis, line in zip((left, right), lines):
-        axis.set_ylabel(line.get_label(), color=line.get_color())
+    lines = []
+    for axis, key, name, marker, color in ((left, "mse", names[0], "o-", "tab:blue"),
+                                           (right, "lpips", names[1], "s--", "tab:orange")):
+        lines += axis.plot(distances, [point[key] for point in curve], marker, color=color, label=name)
+        axis.set_ylabel(name, color=color)
         axis.set_ylim(bottom=0)
     left.set(xlabel="code distance", title=f"difference to the {config.against}, {curve[0]['images']} images")
     left.grid(alpha=0.3)
@@ -169,7 +167,7 @@ def draw_curves(curve: list[dict], config: CodeDistanceConfig) -> Figure:
 @torch.no_grad()
 def draw_images(config: CodeDistanceConfig, tokenizer: VQModel, streams: Streams, dataset: ImageDataset,
                 replaced: Replacements, distances: list[float], device: torch.device) -> Image.Image:
-    """Figure 3b: a row for each of a few images, the source first, then one column for each distance."""
+    """Figure 3b: a row for each of a few images, with a column for the source and one for each distance."""
     picked = np.linspace(0, len(dataset) - 1, min(_SHOWN, len(dataset))).astype(int)
     images = torch.stack([dataset[(0, int(index))][0] for index in picked]).to(device)  # [N, 3, H, W]
     codes = tokenizer.encode(images)[:, :tokenizer.quantizer.streams(streams)]
@@ -185,21 +183,11 @@ def open_tokenizer(config: CodeDistanceConfig, device: torch.device) -> tuple[VQ
     # Stage 1 leaves the detail codebook untrained.
     streams: Streams = "semantic" if tokenizer.provenance.stage == "semantic" else "all"
     kept = tokenizer.quantizer.streams(streams)
-    if not 0 <= config.stream < kept:
+    if config.stream >= kept:
         raise UserError(f"--stream {config.stream} is not among the {kept} trained codebooks of --vq-ckpt "
                         f"{config.vq_ckpt}: give a number from 0 to {kept - 1}.")
-    if config.data.image_size % tokenizer.config.downsampling:
-        raise UserError(f"--image-size {config.data.image_size} is not a multiple of {tokenizer.config.downsampling}, "
-                        "the tokenizer's downsampling.")
+    require_multiple("--image-size", config.data.image_size, tokenizer.config.downsampling, "the tokenizer's downsampling")
     return tokenizer, streams
-
-
-def check(config: CodeDistanceConfig) -> None:
-    """Raise UserError for a number out of range."""
-    for option, value, least in (("--points", config.points, 2), ("--images", config.images, 1),
-                                 ("--batch-size", config.batch_size, 1)):
-        if value < least:
-            raise UserError(f"{option} {value} is too few: give at least {least}.")
 
 
 def main() -> None:
@@ -207,7 +195,6 @@ def main() -> None:
     config = parse(CodeDistanceConfig)
     processes = setup(config.device)
     set_up_logging(processes)
-    check(config)
     dataset = ImageDataset(open_images(config.data.data_path).subset(config.images), config.data.image_size)
     check_writable(config.out, "--out")
     tokenizer, streams = open_tokenizer(config, processes.device)

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 
 class PatchGAN(nn.Module):
-    """Strided 4x4 convolutions with batch normalisation; one logit a patch, high for real images."""
+    """Strided 4x4 convolutions with batch normalisation: one logit for each patch, high for real images."""
 
     def __init__(self, channels: int = 64, layers: int = 3) -> None:
         super().__init__()

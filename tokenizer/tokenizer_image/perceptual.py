@@ -1,14 +1,14 @@
 """Perceptual distances for tokenizer training and evaluation: LPIPS through the `lpips` package, or a local classifier.
 
-The calibrated layer weights come with `lpips`; the backbone comes from its usual download, from a local torchvision
-state dict, or is random.  The distance in a local classifier's features serves small images for which ImageNet
-networks say little (quickstart).
+The calibrated layer weights come with `lpips`.  The backbone comes from its usual download or from a local torchvision state
+dict, or it is random.  Small images, about which ImageNet networks say little, are compared by the features of a local
+classifier (quickstart).
 """
 
 import logging
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 from urllib.error import URLError
 
 import lpips
@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.classifier import load_classifier
-from utils.config import UserError
+from utils.config import UserError, choices
 from utils.files import check_exists
 
 log = logging.getLogger("perceptual")
 
-PerceptualNet = Literal["vgg", "alex", "squeeze", "random", "classifier"]
+PerceptualNet = Annotated[str, choices(("vgg", "alex", "squeeze", "random", "classifier"))]
 
 
 class ClassifierDistance(nn.Module):
@@ -48,7 +48,7 @@ def build_perceptual(net: PerceptualNet, weights: str, device: torch.device) -> 
     """A frozen distance: ([B, 3, H, W], [B, 3, H, W]) in [-1, 1] -> [B, 1, 1, 1].
 
     weights: path of a torchvision state dict of the backbone, or of a classifier; empty: the usual download.
-    Raises UserError when weights cannot be had, naming the options.
+    Raises UserError, naming the options, when the weights cannot be read or downloaded.
     """
     warnings.filterwarnings("ignore", category=UserWarning, module="torchvision.models")  # lpips' old calls
     if net == "classifier":
@@ -58,7 +58,7 @@ def build_perceptual(net: PerceptualNet, weights: str, device: torch.device) -> 
         model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     elif weights:
         model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-        _load_backbone(model, check_exists(weights, "--perceptual-file", f"a torchvision {net} state dict"))
+        _load_backbone(model.get_submodule("net"), check_exists(weights, "--perceptual-file", f"a torchvision {net} state dict"))
     else:
         try:
             model = lpips.LPIPS(net=net, verbose=False)
@@ -68,7 +68,7 @@ def build_perceptual(net: PerceptualNet, weights: str, device: torch.device) -> 
     return model.to(device).eval().requires_grad_(False)
 
 
-def _load_backbone(model: nn.Module, path: Path) -> None:
+def _load_backbone(backbone: nn.Module, path: Path) -> None:
     """Copy torchvision's `features.I.*` into lpips' `sliceS.I.*`."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -76,10 +76,10 @@ def _load_backbone(model: nn.Module, path: Path) -> None:
         raise UserError(f"--perceptual-file {path} cannot be read as a state dict ({type(error).__name__}): "
                         "give torchvision's file.") from error
     renamed = {}
-    for name, parameter in model.net.state_dict().items():
+    for name, parameter in backbone.state_dict().items():
         source = "features." + name.split(".", 1)[1]
         if source not in state or state[source].shape != parameter.shape:
             raise UserError(f"--perceptual-file {path} has no fitting {source}: give the backbone that "
                             "--perceptual-net names.")
         renamed[name] = state[source]
-    model.net.load_state_dict(renamed)
+    backbone.load_state_dict(renamed)
