@@ -5,10 +5,11 @@
 set -euo pipefail
 REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
-# has_requirements PYTHON: asks the packages' metadata, because importing them takes seconds.
+# has_requirements PYTHON: asks the packages' metadata, because importing them takes seconds.  The tools of the file's last
+# part are asked for only where TOOLS is set (test.sh, .ci/run).
 has_requirements() {
     [ "${REQUIREMENTS_MET_BY:-}" != "$1" ] || return 0  # the script that called this one has asked already
-    "$1" - "$REPOSITORY/requirements.txt" >/dev/null 2>&1 <<'CHECK'
+    "$1" - "$REPOSITORY/requirements.txt" "${TOOLS:-}" >/dev/null 2>&1 <<'CHECK'
 import re, sys
 from importlib.metadata import version
 
@@ -17,6 +18,8 @@ def numbers(text):
 
 assert sys.version_info >= (3, 11)
 for line in open(sys.argv[1]):
+    if line.startswith("# Tools") and not sys.argv[2]:
+        break
     name, _, minimum = line.partition("#")[0].strip().partition(">=")
     assert not name or numbers(version(name)) >= numbers(minimum), line
 CHECK

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # Set up the environment where needed and run the tests; arguments go to pytest.
-source "$(dirname "$0")/setup.sh"
+TOOLS=1 source "$(dirname "$0")/setup.sh"
 cd "$REPOSITORY"
 exec "$PYTHON" -m pytest "$@"

@@ -58,7 +58,7 @@ class TokenizerOptions:
 class LossOptions:
     """What the tokenizer is trained for (`vq_loss.py`)."""
 
-    recipe: Literal["paper", "released"] = "paper"
+    recipe: Annotated[str, choices(dict.fromkeys(name for name, _ in RECIPES))] = "paper"
     """Whose loss weights (the next three): equations 7 to 10 as printed, or those of the released code."""
     pixel_weight: NonNegative = 1.0
     """Weight of the squared error of pixels."""
