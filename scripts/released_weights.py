@@ -61,8 +61,8 @@ def parse_model_args(text: str) -> dict[str, Any]:
     """The fields named by --model-args; raises UserError when it is no JSON object."""
     try:
         fields = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
-        raise UserError(f"--model-args {text!r} is no JSON ({error}): give an object such as '{{\"n_head\": 8}}'.") from error
+    except json.JSONDecodeError:
+        fields = None
     if not isinstance(fields, dict):
         raise UserError(f"--model-args {text!r} is no JSON object: give one such as '{{\"n_head\": 8}}'.")
     return fields
@@ -110,7 +110,7 @@ def build(kind: Kind, model: dict[str, Any]) -> nn.Module:
                         "--model-args.")
     try:
         with torch.device("meta"):
-            return kind.build(model)
+            return kind.network(from_dict(kind.config, model))
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError, LookupError, AttributeError) as error:
         raise UserError(f"no {kind.model} has the shape {model} ({error!r}): correct --model-args.") from error
 

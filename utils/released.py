@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from utils.checkpoint import require_tensors
-from utils.config import UserError, from_dict
+from utils.config import UserError
 from utils.files import check_exists, replacing
 
 CONTAINERS = ("ema", "model", "module", "state_dict")  # averaged weights first, as LlamaGen samples from them
@@ -45,10 +45,6 @@ class Kind:
     table: Table
     fixed: dict[str, Any] = field(default_factory=dict)        # fields that are the same for all files of the kind
     usage_buffers: tuple[str, ...] = ()
-
-    def build(self, fields: dict[str, Any]) -> nn.Module:
-        """The model with these fields of its configuration."""
-        return self.network(from_dict(self.config, fields))
 
 
 def affine(released: str, ours: str | None = None) -> Table:
@@ -151,10 +147,8 @@ def is_state_dict(value: Any) -> bool:
 
 def unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
     """Find the state dict in what a file held, and remove wrappers' prefixes from its keys."""
-    found = loaded
-    if not is_state_dict(loaded):
-        candidates = [loaded[name] for name in CONTAINERS if name in loaded] if isinstance(loaded, Mapping) else []
-        found = next((candidate for candidate in candidates if is_state_dict(candidate)), None)
+    candidates = [loaded, *(loaded[name] for name in CONTAINERS if name in loaded)] if isinstance(loaded, Mapping) else []
+    found = next((candidate for candidate in candidates if is_state_dict(candidate)), None)
     if found is None:
         raise UserError(f"SRC {path} holds no weights: give a file with a state dict, or one under {', '.join(CONTAINERS)}.")
     for prefix in WRAPPERS * 2:

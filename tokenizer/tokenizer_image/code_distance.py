@@ -114,11 +114,6 @@ def replace_codes(codes: Tensor, stream: int, replacement: Tensor) -> Tensor:
     return changed
 
 
-def decode(tokenizer: VQModel, codes: Tensor) -> Tensor:
-    """Codes [B, C, h, w] -> images [B, 3, H, W] clamped to [-1, 1]."""
-    return tokenizer.decode_codes(codes).clamp(-1, 1)
-
-
 def measure(config: CodeDistanceConfig, tokenizer: VQModel, streams: Streams, dataset: ImageDataset,
             replaced: Replacements, device: torch.device) -> list[dict[str, Any]]:
     """The curve: for every point the target, the realised distance (mean over cells), mse, lpips, and what was measured."""
@@ -132,7 +127,7 @@ def measure(config: CodeDistanceConfig, tokenizer: VQModel, streams: Streams, da
                                                      config.data.num_workers, device):
             compared = images if config.against == "source" else decoded.clamp(-1, 1)
             for point in range(points):
-                changed = decode(tokenizer, replace_codes(codes, config.stream, replaced.codes[point]))
+                changed = tokenizer.decode_codes(replace_codes(codes, config.stream, replaced.codes[point])).clamp(-1, 1)
                 sums[point, 0] += replaced.distances[point][codes[:, config.stream]].flatten(1).mean(1).sum()
                 sums[point, 1] += (changed - compared).square().flatten(1).mean(1).sum()
                 sums[point, 2] += perceptual(changed, compared).sum()
@@ -171,7 +166,8 @@ def draw_images(config: CodeDistanceConfig, tokenizer: VQModel, streams: Streams
     picked = np.linspace(0, len(dataset) - 1, min(_SHOWN, len(dataset))).astype(int)
     images = torch.stack([dataset[(0, int(index))][0] for index in picked]).to(device)  # [N, 3, H, W]
     codes = tokenizer.encode(images)[:, :tokenizer.quantizer.streams(streams)]
-    columns = [images] + [decode(tokenizer, replace_codes(codes, config.stream, line)) for line in replaced.codes]
+    columns = [images] + [tokenizer.decode_codes(replace_codes(codes, config.stream, line)).clamp(-1, 1)
+                          for line in replaced.codes]
     pixels = to_uint8(torch.stack(columns, 1).flatten(0, 1)).cpu().numpy()              # [N (1 + P), H, W, 3]
     return image_grid(pixels, len(columns), scale=max(1, 64 // config.data.image_size),
                       titles=["source", *(f"{distance:.2f}" for distance in distances)])

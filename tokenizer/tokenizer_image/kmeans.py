@@ -25,7 +25,6 @@ SPAN = 2**26           # the largest squared distance as an integer: costs with 
 PRICE_ROUNDS = 80
 MAX_ITERATIONS = 1000  # a backstop: convergence is certain, and 16384 codes take about 100
 FAR = np.int64(2**45)
-SEEDS = 2**32          # scikit-learn takes smaller ones only
 
 
 def plain_kmeans(vectors: np.ndarray, clusters: int, seed: int = 0) -> tuple[np.ndarray, int]:
@@ -37,15 +36,16 @@ def plain_kmeans(vectors: np.ndarray, clusters: int, seed: int = 0) -> tuple[np.
         raise UserError(f"--clusters {clusters} is not between 1 and {len(vectors)}, the number of codes: change it.")
     if clusters == len(vectors):
         return np.arange(clusters), 0
+    # scikit-learn takes seeds of 32 bits.
     with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):  # duplicates leave clusters empty
-        kmeans = KMeans(clusters, n_init=3, random_state=seed % SEEDS).fit(vectors)
+        kmeans = KMeans(clusters, n_init=3, random_state=seed % 2**32).fit(vectors)
     return kmeans.labels_.astype(np.int64), int(kmeans.n_iter_)
 
 
 def minibatch_kmeans(vectors: np.ndarray, clusters: int, seed: int) -> np.ndarray:
     """Centres [C, d] of vectors [M, d], from random batches of them."""
     # k-means++ picks vectors far from each other: random ones would often be of the same background patch.
-    kmeans = MiniBatchKMeans(clusters, batch_size=4096, n_init=1, max_iter=20, random_state=seed % SEEDS)
+    kmeans = MiniBatchKMeans(clusters, batch_size=4096, n_init=1, max_iter=20, random_state=seed % 2**32)
     return kmeans.fit(vectors).cluster_centers_
 
 
@@ -106,10 +106,7 @@ def objective(vectors: np.ndarray, labels: np.ndarray) -> float:
 
 
 def cluster_tree(centres: np.ndarray) -> np.ndarray:
-    """Groups of neighbouring clusters, each cluster alone among them: centres [C, d] -> members [2 C - 2, C] of 0 and 1.
-
-    One cluster gives [1, 1].
-    """
+    """Groups of neighbouring clusters, each cluster alone among them: centres [C, d] -> members [2 C - 2, C] of 0 and 1."""
     groups = list(np.eye(len(centres)))
     if len(centres) > 1:
         for first, second in linkage(centres, "average")[:-1, :2].astype(int):
