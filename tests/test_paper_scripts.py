@@ -11,7 +11,7 @@ import pytest
 from autoregressive.sample.sample_c2i_ddp import SampleConfig
 from autoregressive.train.evaluate_c2i import EvaluateConfig
 from autoregressive.train.extract_codes_c2i import ExtractConfig
-from autoregressive.train.train_c2i import TrainConfig, recipe
+from autoregressive.train.options import TrainConfig, recipe
 from evaluations.c2i.classifier import ClassifierTrainConfig
 from evaluations.c2i.evaluator import EvaluatorConfig
 from evaluations.c2i.judge import JudgeConfig
@@ -23,7 +23,7 @@ from tests.test_train import write_codes
 from tokenizer.tokenizer_image.code_distance import CodeDistanceConfig
 from tokenizer.tokenizer_image.rearrange import RearrangeConfig
 from tokenizer.tokenizer_image.reconstruction_vq_ddp import ReconstructionConfig
-from tokenizer.tokenizer_image.vq_train import VQTrainConfig
+from tokenizer.tokenizer_image.vq_options import VQTrainConfig
 from tokenizer.validation.val_ddp import ValidationConfig
 from utils.config import parse
 
