@@ -50,7 +50,7 @@ def random_codes(batch: int, config: GPTConfig, seed: int = 0) -> torch.Tensor:
 
 def arrays(*names: str) -> dict[str, torch.Tensor]:
     """All arrays of golden files as tensors."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for name in names:
         with np.load(GOLDEN / f"{name}.npz") as file:
             found |= {key: torch.from_numpy(file[key]) for key in file.files if file[key].dtype.kind in "fiu"}

@@ -69,7 +69,7 @@ def test_lists_that_may_not_be_empty(capsys, models, tmp_path):
 
 def declared(config: type) -> list[tuple[type, str, Values | None, object]]:
     """(declaring class, field, declared values, type) of all options of a command."""
-    found = []
+    found: list[tuple[type, str, Values | None, object]] = []
     for name, hint in get_type_hints(config, include_extras=True).items():
         nested = isinstance(hint, type) and dataclasses.is_dataclass(hint)
         found += declared(hint) if nested else [(config, name, declared_values(hint), hint)]

@@ -131,9 +131,9 @@ def option_classes() -> list[type]:
 
 def flat_fields(config: type) -> list[tuple[type, str]]:
     """(declaring class, field) of all flags of one command line."""
-    found = []
-    for field in dataclasses.fields(config):
-        found += flat_fields(field.type) if dataclasses.is_dataclass(field.type) else [(config, field.name)]
+    found: list[tuple[type, str]] = []
+    for name, kind in get_type_hints(config).items():
+        found += flat_fields(kind) if dataclasses.is_dataclass(kind) else [(config, name)]
     return found
 
 

@@ -28,7 +28,7 @@ from autoregressive.train.options import FIXED_OPTIONS, TrainConfig, check_codes
 from utils.batches import GlobalBatches, StepPlan, plan_steps
 from utils.checkpoint import RunRecord, export, load_weights, read_export
 from utils.code_map import CodeMap
-from utils.code_shards import CodeDataset, CodeHeader, as_batch
+from utils.code_shards import CodeDataset, CodeHeader
 from utils.config import parse, run_main, to_dict
 from utils.distributed import Processes, parallelize, setup, synchronize_gradients
 from utils.ema import EMA
@@ -142,7 +142,8 @@ def train(config: TrainConfig, processes: Processes) -> None:
              config.parallel.data_parallel, processes.world_size)
     first_step = run.resume(training)
     batches = GlobalBatches(len(dataset), plan, processes.rank, config.run.seed, first_step)
-    loader = iter(DataLoader(dataset, batch_sampler=batches, collate_fn=as_batch, num_workers=config.codes.num_workers,
+    # The data set makes whole batches: there is nothing to collate.
+    loader = iter(DataLoader(dataset, batch_sampler=batches, collate_fn=tuple, num_workers=config.codes.num_workers,
                              pin_memory=torch.cuda.is_available()))
     training.model.train()
     for step in run.steps():

@@ -4,14 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from utils.image_dataset import ImageOptions
-
 from tokenizer.tokenizer_image.perceptual import PerceptualNet
 from tokenizer.tokenizer_image.quantizer import QUANTIZERS
 from tokenizer.tokenizer_image.vq_loss import ADVERSARIAL, RECIPES
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils.batches import BatchOptions
 from utils.config import Count, NonNegative, Positive, choices
+from utils.image_dataset import ImageOptions
 from utils.optim import OptimOptions, typed_schedule
 from utils.run import RunOptions
 

@@ -22,7 +22,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from utils.image_dataset import ImageDataset, train_loader
 
 from tokenizer.tokenizer_image.codebook import (
     CodeUsage,
@@ -44,6 +43,7 @@ from utils.config import UserError, parse, require_multiple, run_main, to_dict
 from utils.distributed import Processes, average_gradients, setup
 from utils.ema import EMA
 from utils.files import check_writable
+from utils.image_dataset import ImageDataset, train_loader
 from utils.images import open_images
 from utils.optim import clip_gradients, initialise_optimizer, learning_rate, set_learning_rate, uses_bf16
 from utils.run import Run, set_up_logging
