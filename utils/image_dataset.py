@@ -75,7 +75,7 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
         """
         epoch, index = item if isinstance(item, (tuple, list)) else (0, item)
         image, found = self._load(int(index))
-        # keyed by the index asked for: the stand-in for an unreadable image then is not cropped as in its own turn
+        # Keyed by the index asked for: an image that replaces an unreadable one is cropped otherwise than in its own turn.
         return to_tensor(self._crop(image, found, int(epoch), int(index))), int(self.source.labels[found]), found
 
     @property
@@ -87,7 +87,7 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
         """Log how many images were unreadable; nothing if all could be read."""
         if skipped := self.skipped:
             log.warning("%s %s: %d of %d images were unreadable and replaced by others", self.source.option,
-                           self.source.path, skipped, len(self))
+                        self.source.path, skipped, len(self))
 
     def _load(self, index: int) -> tuple[np.ndarray, int]:
         """The first readable image at or after `index`, and where it was found."""

@@ -136,7 +136,7 @@ def open_images(path: str | Path, option: str = "--data-path") -> ImageSource:
     """Open a folder of class folders, or an npz with `images` and `labels`.
 
     path: a folder whose sub-folders (sorted: label ids) hold images at any depth, or an npz with images uint8
-    [N, H, W, 3], [N, H, W, 1] or [N, H, W] and labels int [N].  Names that begin with a dot are passed over.  Raises
+    [N, H, W, 3], [N, H, W, 1] or [N, H, W] and labels int [N].  Names that begin with a dot are ignored.  Raises
     UserError, naming `option`, for anything else.
     """
     path = check_exists(path, option, "a folder with one sub-folder of images per class, or of an npz")
@@ -155,7 +155,7 @@ def _open_folder(path: Path, option: str) -> FolderImages:
         raise UserError(f"{option} {path} has no class sub-folders ({seen}): {_FOLDER_REMEDY}.")
     if flat:
         log.warning("%s %s: %d images beside the class folders belong to no class and are left out",
-                       option, path, flat)
+                    option, path, flat)
     files: list[str] = []
     labels: list[int] = []
     for label, class_name in enumerate(class_names):
