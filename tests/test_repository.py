@@ -133,7 +133,7 @@ def flat_fields(config: type) -> list[tuple[type, str]]:
     """(declaring class, field) of all flags of one command line."""
     found: list[tuple[type, str]] = []
     for name, kind in get_type_hints(config).items():
-        found += flat_fields(kind) if dataclasses.is_dataclass(kind) else [(config, name)]
+        found += flat_fields(kind) if isinstance(kind, type) and dataclasses.is_dataclass(kind) else [(config, name)]
     return found
 
 

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -22,8 +21,6 @@ from utils.crops import center_crop, random_crop, sample_rng, to_tensor
 from utils.images import ImageSource, UnreadableImage
 
 log = logging.getLogger("images")
-
-Augment = Literal["none", "center", "train"]
 
 _MAX_UNREADABLE = 100  # in a row: past this the folder is at fault, not an image
 
@@ -43,27 +40,16 @@ class ImageOptions:
 class ImageDataset(Dataset[tuple[Tensor, int, int]]):
     """Cropped images with labels, for a DataLoader whose sampler yields (epoch, index), or index alone for epoch 0.
 
-    source: the images; size: pixels; augment: "none" (images must be size x size already), "center" (centre crop) or
-    "train" (with `random_crop` a random crop, otherwise the centre crop; with `random_flip` mirrored half the time);
-    min_fraction, max_fraction: as in `random_crop`.  An unreadable image is logged, counted and replaced by the next
-    readable one.
-    Raises UserError if augment is "none" and the first readable image has another size.
+    source: the images; size: pixels; random_crop: a random crop instead of the centre crop; random_flip: mirror half of the
+    images.  An unreadable image is logged, counted and replaced by the next readable one.
     """
 
-    def __init__(self, source: ImageSource, size: int, augment: Augment = "center", seed: int = 0, *,
-                 random_crop: bool = True, random_flip: bool = True, min_fraction: float = 0.8,
-                 max_fraction: float = 1.0) -> None:
-        if augment not in ("none", "center", "train"):
-            raise ValueError(f"augment is {augment!r}, not none, center or train")
-        if not 0 < min_fraction <= max_fraction <= 1:
-            raise ValueError(f"fractions {min_fraction} and {max_fraction} are not ascending in (0, 1]")
-        self.source, self.size, self.augment, self.seed = source, size, augment, seed
+    def __init__(self, source: ImageSource, size: int, seed: int = 0, random_crop: bool = False,
+                 random_flip: bool = False) -> None:
+        self.source, self.size, self.seed = source, size, seed
         self.random_crop, self.random_flip = random_crop, random_flip
-        self.fractions = (min_fraction, max_fraction)
         # One byte an image in shared memory: workers agree on which images were counted without a lock.
         self._unreadable = torch.zeros(len(source), dtype=torch.uint8).share_memory_()  # [N]
-        if augment == "none":
-            self._check_size(*self._load(0))
 
     def __len__(self) -> int:
         return len(self.source)
@@ -76,7 +62,7 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
         epoch, index = item if isinstance(item, (tuple, list)) else (0, item)
         image, found = self._load(int(index))
         # Keyed by the index asked for: an image that replaces an unreadable one is cropped otherwise than in its own turn.
-        return to_tensor(self._crop(image, found, int(epoch), int(index))), int(self.source.labels[found]), found
+        return to_tensor(self._crop(image, int(epoch), int(index))), int(self.source.labels[found]), found
 
     @property
     def skipped(self) -> int:
@@ -102,22 +88,12 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
         raise UserError(f"{self.source.option} {self.source.path} has {tries} unreadable images in a row, the last "
                         f"{self.source.name(found)}: check that its images are whole and can be read.")
 
-    def _crop(self, image: np.ndarray, found: int, epoch: int, index: int) -> np.ndarray:
+    def _crop(self, image: np.ndarray, epoch: int, index: int) -> np.ndarray:
         """uint8 [H, W, 3] -> uint8 [size, size, 3]"""
-        if self.augment == "none":
-            self._check_size(image, found)
-            return image
-        if self.augment == "center":
-            return center_crop(image, self.size)
         rng = sample_rng(self.seed, epoch, index)
         flip = rng.random() < 0.5  # drawn first and always: switching the crop off leaves the flips as they were
-        image = random_crop(image, self.size, rng, *self.fractions) if self.random_crop else center_crop(image, self.size)
+        image = random_crop(image, self.size, rng) if self.random_crop else center_crop(image, self.size)
         return image[:, ::-1] if flip and self.random_flip else image
-
-    def _check_size(self, image: np.ndarray, found: int) -> None:
-        if image.shape[:2] != (self.size, self.size):
-            raise UserError(f"{self.source.name(found)} is {image.shape[1]}x{image.shape[0]} pixels, not "
-                            f"{self.size}x{self.size}: change --image-size or let images be centre-cropped.")
 
 
 class CropDataset(Dataset[tuple[int, Tensor | None]]):

@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -56,6 +56,17 @@ def set_up_logging(processes: Processes, file: Path | None = None) -> None:
     logging.basicConfig(level=logging.INFO if processes.is_main else logging.WARNING, handlers=handlers, force=True,
                         format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+
+
+def figures_text(figures: Mapping[str, float | None]) -> str:
+    """Figures in one line of the log; those that are missing are left out."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in figures.items() if value is not None)
+
+
+def progress(total: int, name: str, unit: str, processes: Processes, initial: int = 0) -> tqdm:
+    """A progress bar over the work of one process, shown by the main one."""
+    return tqdm(total=total, initial=initial, desc=name, unit=unit, disable=not processes.is_main, dynamic_ncols=True,
+                mininterval=1.0)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -126,12 +137,11 @@ class Run:
     def steps(self) -> Iterator[int]:
         """Step numbers still to do, under a progress bar; seeds each step from (seed, step, rank)."""
         self.started = time.perf_counter()
-        bar = tqdm(range(self.first_step, self.total_steps), initial=self.first_step, total=self.total_steps,
-                   disable=not self.processes.is_main, desc=self.folder.name, dynamic_ncols=True, mininterval=1.0)
-        with logging_redirect_tqdm():
-            for step in bar:
+        with logging_redirect_tqdm(), progress(self.total_steps, self.folder.name, "it", self.processes, self.first_step) as bar:
+            for step in range(self.first_step, self.total_steps):
                 torch.manual_seed(step_seed(self.options.seed, step, self.processes.rank))
                 yield step
+                bar.update()
 
     def after_step(self, step: int, images: int, **values: float) -> None:
         """Log averaged metrics when due; images: global batch size, for the rate; values: plain numbers such as lr."""
@@ -146,7 +156,7 @@ class Run:
         if self.processes.device.type == "cuda":
             scalars["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.processes.device) / 2**30
         self.write(done, scalars)
-        log.info("step %d of %d: %s", done, self.total_steps, "  ".join(f"{name} {value:.4g}" for name, value in scalars.items()))
+        log.info("step %d of %d: %s", done, self.total_steps, figures_text(scalars))
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Write scalars of `step` to metrics.jsonl and TensorBoard."""
@@ -155,6 +165,11 @@ class Run:
                 file.write(json.dumps({"step": step} | scalars) + "\n")
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, step)
+
+    def write_evaluation(self, step: int, figures: dict[str, float]) -> None:
+        """Write and log the figures of an evaluation after `step`."""
+        self.write(step + 1, {f"eval/{name}": value for name, value in figures.items()})
+        log.info("step %d: evaluation: %s", step + 1, figures_text(figures))
 
     def picture(self, step: int, name: str, image: Image.Image) -> None:
         """Show a PIL image in TensorBoard and keep it as NAME.png in the run's folder."""

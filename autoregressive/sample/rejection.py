@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from utils.checkpoint import fingerprint
 from utils.classifier import load_classifier
@@ -26,6 +25,7 @@ from utils.distributed import Processes, all_reduce_sum
 from utils.files import check_exists
 from utils.image_store import ImageStore
 from utils.npz import open_array
+from utils.run import progress
 
 log = logging.getLogger("rejection")
 
@@ -154,12 +154,14 @@ def score(selector: Selector, images: np.ndarray, labels: np.ndarray, batch_size
     # Whole batches are shared out: kernels, and with them the last bits, are the same for any number of processes.
     share = np.array_split(np.arange(0, len(labels), batch_size), processes.world_size)[processes.rank]
     model = selector.model.to(processes.device)
-    for first in tqdm(share, desc="classify", unit="batches", disable=not processes.is_main, dynamic_ncols=True,
-                      mininterval=1.0):
+    bar = progress(len(share), "classify", "batches", processes)
+    for first in share:
         rows = slice(first, first + batch_size)
         logits = model(selector.prepare(images[rows]).to(processes.device))
         own = torch.from_numpy(labels[rows]).to(processes.device)[:, None]
         scores[rows] = logits.double().softmax(1).gather(1, own)[:, 0].cpu()
+        bar.update()
+    bar.close()
     return all_reduce_sum(scores, processes).numpy()
 
 

@@ -17,7 +17,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its path
 
 import numpy as np
-from tqdm import tqdm
 
 from autoregressive.models.ctf import FineOptions
 from autoregressive.models.generate import SamplingOptions
@@ -36,7 +35,7 @@ from utils.files import write_json
 from utils.image_store import ImageStore, already_finished
 from utils.npz import open_array
 from utils.pictures import image_grid
-from utils.run import set_up_logging
+from utils.run import progress, set_up_logging
 
 log = logging.getLogger("sample_c2i_ddp")
 
@@ -76,8 +75,7 @@ def draw_share(pipeline: Pipeline, store: ImageStore, labels: np.ndarray, config
     """Draw this process's missing samples, batch by batch."""
     share = np.array_split(np.arange(len(labels)), processes.world_size)[processes.rank]
     rows = np.intersect1d(share, store.missing())
-    bar = tqdm(total=len(share), initial=len(share) - len(rows), desc="sample", unit="images",
-               disable=not processes.is_main, dynamic_ncols=True, mininterval=1.0)
+    bar = progress(len(share), "sample", "images", processes, len(share) - len(rows))
     for first in range(0, len(rows), config.batch_size):
         batch = rows[first : first + config.batch_size]
         # Always the same shape, so that matrix kernels and with them the samples are the same for every batch.

@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its p
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tokenizer.tokenizer_image.vq_model import VQModel, load_tokenizer
 from utils.code_shards import CodeHeader, CodeWriter
@@ -27,7 +26,7 @@ from utils.distributed import Processes, setup
 from utils.files import check_writable
 from utils.image_dataset import ImageOptions, crop_loader
 from utils.images import ImageSource, open_images
-from utils.run import set_up_logging
+from utils.run import progress, set_up_logging
 
 log = logging.getLogger("extract_codes")
 
@@ -99,8 +98,7 @@ def extract(config: ExtractConfig, processes: Processes) -> None:
     rows = missing[processes.rank :: processes.world_size]
     crop = partial(cut, augmentation=config.augmentation, size=config.images.image_size, crop_range=config.crop_range)
     loader = crop_loader(source, rows, crop, max(config.batch_size // header.crops, 1), config.images.num_workers)
-    bar = tqdm(total=len(rows), desc="extract", unit="images", disable=not processes.is_main, dynamic_ncols=True,
-               mininterval=1.0)
+    bar = progress(len(rows), "extract", "images", processes)
     for readable, crops, unreadable in loader:
         if crops is not None:
             writer.write(readable, encode(tokenizer, crops, processes.device))

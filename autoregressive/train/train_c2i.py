@@ -110,8 +110,7 @@ def evaluate_held_out(gpt: GPT, training: TrainState, held_out: CodeDataset, bat
     with training.averaged(), autocast(config, run.processes.device):
         figures = evaluate(gpt, held_out, batch_size, run.processes)
     training.model.train()
-    run.write(step + 1, {f"eval/{name}": value for name, value in figures.items()})
-    log.info("step %d: held-out %s", step + 1, "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    run.write_evaluation(step, figures)
 
 
 def export_gpt(training: TrainState, run: Run, step: int) -> None:

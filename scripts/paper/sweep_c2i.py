@@ -31,7 +31,7 @@ from utils.config import UserError, parse, run_main
 from utils.distributed import Processes, setup
 from utils.files import check_exists, check_writable, read_json, write_json
 from utils.images import open_images
-from utils.run import set_up_logging
+from utils.run import figures_text, set_up_logging
 
 log = logging.getLogger("sweep_c2i")
 
@@ -112,8 +112,7 @@ def sweep(config: SweepConfig, processes: Processes) -> dict[str, Figures]:
             if results.get(text, {}).get("of") != about:
                 results[text] = {"figures": evaluate(out), "of": about}
                 write_json(results_file, results)
-                shown = results[text]["figures"].items()
-                log.info("%s: %s", text, "  ".join(f"{name} {value:.4g}" for name, value in shown if value))
+                log.info("%s: %s", text, figures_text(results[text]["figures"]))
         processes.barrier()
     return {text: results[text]["figures"] for text in config.ranges} if processes.is_main else {}
 

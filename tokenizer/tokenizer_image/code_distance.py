@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tokenizer.tokenizer_image.evaluate import reconstruct
-from tokenizer.tokenizer_image.perceptual import PerceptualNet, build_perceptual
+from tokenizer.tokenizer_image.perceptual import PerceptualOptions, build_perceptual
 from tokenizer.tokenizer_image.quantizer import Streams
 from tokenizer.tokenizer_image.vq_model import VQModel, load_tokenizer
 from utils.config import Count, Device, Positive, UserError, choices, interval, parse, require_multiple, run_main
@@ -49,6 +49,7 @@ class CodeDistanceConfig:
     """Options of the measurement."""
 
     data: ImageOptions
+    perceptual: PerceptualOptions
     vq_ckpt: Path
     """tokenizer.safetensors or the run folder that holds it."""
     out: Path
@@ -61,10 +62,6 @@ class CodeDistanceConfig:
     """Distances, from 0 to the largest."""
     images: Positive = 256
     """Images at most, evenly over the classes."""
-    perceptual_net: PerceptualNet = "vgg"
-    """LPIPS backbone, random, or classifier."""
-    perceptual_file: str = ""
-    """Local weights of it; empty: the usual download."""
     batch_size: Positive = 32
     """Images decoded at once."""
     device: Device = "auto"
@@ -117,7 +114,7 @@ def replace_codes(codes: Tensor, stream: int, replacement: Tensor) -> Tensor:
 def measure(config: CodeDistanceConfig, tokenizer: VQModel, streams: Streams, dataset: ImageDataset,
             replaced: Replacements, device: torch.device) -> list[dict[str, Any]]:
     """The curve: for every point the target, the realised distance (mean over cells), mse, lpips, and what was measured."""
-    perceptual = build_perceptual(config.perceptual_net, config.perceptual_file, device)
+    perceptual = build_perceptual(config.perceptual, device)
     points = len(replaced.targets)
     sums = torch.zeros(points, 3, dtype=torch.float64, device=device)  # distance, MSE, LPIPS
     count, rows = 0, np.arange(len(dataset))
@@ -133,7 +130,7 @@ def measure(config: CodeDistanceConfig, tokenizer: VQModel, streams: Streams, da
                 sums[point, 2] += perceptual(changed, compared).sum()
                 bar.update(len(images))
             count += len(images)
-    about = {"images": count, "against": config.against, "perceptual_net": config.perceptual_net}
+    about = {"images": count, "against": config.against, "perceptual_net": config.perceptual.perceptual_net}
     return [{"target": target} | dict(zip(("distance", "mse", "lpips"), line)) | about
             for target, line in zip(replaced.targets.tolist(), (sums / count).tolist())]
 
@@ -145,7 +142,7 @@ def draw_curves(curve: list[dict[str, Any]], config: CodeDistanceConfig) -> Figu
     right = left.twinx()
     distances = [point["distance"] for point in curve]
     perceptual = {"classifier": "classifier distance", "random": "LPIPS of a random network"}
-    names = "MSE", perceptual.get(config.perceptual_net, f"LPIPS ({config.perceptual_net})")
+    names = "MSE", perceptual.get(config.perceptual.perceptual_net, f"LPIPS ({config.perceptual.perceptual_net})")
     lines = []
     for axis, key, name, marker, color in ((left, "mse", names[0], "o-", "tab:blue"),
                                            (right, "lpips", names[1], "s--", "tab:orange")):

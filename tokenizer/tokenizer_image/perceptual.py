@@ -7,6 +7,7 @@ classifier (quickstart).
 
 import logging
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 from urllib.error import URLError
@@ -22,7 +23,15 @@ from utils.files import check_exists
 
 log = logging.getLogger("perceptual")
 
-PerceptualNet = Annotated[str, choices(("vgg", "alex", "squeeze", "random", "classifier"))]
+
+@dataclass
+class PerceptualOptions:
+    """Which perceptual distance to use."""
+
+    perceptual_net: Annotated[str, choices(("vgg", "alex", "squeeze", "random", "classifier"))] = "vgg"
+    """LPIPS backbone vgg, alex or squeeze; random (no download); or classifier, a local one."""
+    perceptual_file: str = ""
+    """Local weights: a torchvision state dict, or a classifier file; empty: the usual download."""
 
 
 class ClassifierDistance(nn.Module):
@@ -44,12 +53,12 @@ class ClassifierDistance(nn.Module):
         return torch.stack(distances).mean(0)
 
 
-def build_perceptual(net: PerceptualNet, weights: str, device: torch.device) -> nn.Module:
+def build_perceptual(options: PerceptualOptions, device: torch.device) -> nn.Module:
     """A frozen distance: ([B, 3, H, W], [B, 3, H, W]) in [-1, 1] -> [B, 1, 1, 1].
 
-    weights: path of a torchvision state dict of the backbone, or of a classifier; empty: the usual download.
     Raises UserError, naming the options, when the weights cannot be read or downloaded.
     """
+    net, weights = options.perceptual_net, options.perceptual_file
     warnings.filterwarnings("ignore", category=UserWarning, module="torchvision.models")  # lpips' old calls
     if net == "classifier":
         model: nn.Module = ClassifierDistance(weights)

@@ -14,11 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its p
 import numpy as np
 import torch
 from skimage.metrics import structural_similarity
-from tqdm import tqdm
 
 from tokenizer.tokenizer_image.codebook import CodeUsage, warn_of_collapse
 from tokenizer.tokenizer_image.evaluate import psnr, reconstruct, reconstruction_grid
-from tokenizer.tokenizer_image.perceptual import PerceptualNet, build_perceptual
+from tokenizer.tokenizer_image.perceptual import PerceptualOptions, build_perceptual
 from tokenizer.tokenizer_image.quantizer import Streams
 from tokenizer.tokenizer_image.vq_model import VQModel, load_tokenizer
 from utils.config import Device, Positive, UserError, parse, require_multiple, run_main
@@ -28,7 +27,7 @@ from utils.files import check_writable, write_json
 from utils.image_dataset import ImageDataset, ImageOptions
 from utils.image_store import ImageStore
 from utils.images import open_images
-from utils.run import set_up_logging
+from utils.run import progress, set_up_logging
 
 
 @dataclass
@@ -36,16 +35,13 @@ class ReconstructionConfig:
     """Options of reconstruction."""
 
     images: ImageOptions
+    perceptual: PerceptualOptions
     vq_ckpt: Path
     """tokenizer.safetensors or the run folder that holds it."""
     out: Path
     """npz to write; figures go beside it as JSON, a picture as PNG."""
     streams: Streams = "all"
     """Decode all codes, or the semantic ones alone."""
-    perceptual_net: PerceptualNet = "vgg"
-    """LPIPS backbone, random, or classifier."""
-    perceptual_file: str = ""
-    """Local weights of it; empty: the usual download."""
     batch_size: Positive = 32
     """Images a process reconstructs at once."""
     device: Device = "auto"
@@ -65,12 +61,11 @@ def open_tokenizer(config: ReconstructionConfig, processes: Processes) -> VQMode
 def run_share(config: ReconstructionConfig, tokenizer: VQModel, dataset: ImageDataset, store: ImageStore,
               processes: Processes) -> dict[str, Any]:
     """Reconstruct this process's share into the store; returns the figures of all processes together."""
-    perceptual = build_perceptual(config.perceptual_net, config.perceptual_file, processes.device)
+    perceptual = build_perceptual(config.perceptual, processes.device)
     usage = CodeUsage(tokenizer.config.codebook_sizes, processes.device)
     sums = torch.zeros(4, dtype=torch.float64, device=processes.device)  # PSNR, SSIM, LPIPS, images
     share = np.array_split(np.arange(len(dataset)), processes.world_size)[processes.rank]
-    bar = tqdm(total=len(share), desc="reconstruct", unit="images", disable=not processes.is_main, dynamic_ncols=True,
-               mininterval=1.0)
+    bar = progress(len(share), "reconstruct", "images", processes)
     for rows, images, decoded, codes in reconstruct(tokenizer, dataset, share, config.streams, config.batch_size,
                                                     config.images.num_workers, processes.device):
         real, fake = to_uint8(images), to_uint8(decoded)
@@ -87,7 +82,7 @@ def run_share(config: ReconstructionConfig, tokenizer: VQModel, dataset: ImageDa
     usage.gather(processes)
     total = all_reduce_sum(sums, processes).tolist()
     figures = {name: value / total[3] for name, value in zip(("psnr", "ssim", "lpips"), total)} | {"images": int(total[3])}
-    figures |= usage.figures(tokenizer.quantizer.streams(config.streams)) | {"perceptual_net": config.perceptual_net}
+    figures |= usage.figures(tokenizer.quantizer.streams(config.streams)) | {"perceptual_net": config.perceptual.perceptual_net}
     if processes.is_main:
         cells = (config.images.image_size // tokenizer.config.downsampling) ** 2
         warn_of_collapse(figures, figures["images"], cells, tokenizer.config.codebook_sizes)

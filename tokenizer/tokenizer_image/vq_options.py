@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tokenizer.tokenizer_image.perceptual import PerceptualNet
+from tokenizer.tokenizer_image.perceptual import PerceptualOptions
 from tokenizer.tokenizer_image.quantizer import QUANTIZERS
 from tokenizer.tokenizer_image.vq_loss import ADVERSARIAL, RECIPES
 from tokenizer.tokenizer_image.vq_model import VQ_models
@@ -65,10 +65,6 @@ class LossOptions:
     """Weight of LPIPS."""
     disc_weight: NonNegative = 0.5
     """Weight of the adversarial term, from --disc-start on."""
-    perceptual_net: PerceptualNet = "vgg"
-    """LPIPS backbone vgg, alex or squeeze; random (no download); or classifier, a local one."""
-    perceptual_file: str = ""
-    """Local weights: a torchvision state dict, or a classifier file; empty: the usual download."""
     disc_loss: Annotated[str, choices(ADVERSARIAL)] = "hinge"
     """Adversarial loss."""
     disc_start: Count = 20_000
@@ -103,6 +99,7 @@ class VQTrainConfig:
     evaluation: EvaluationOptions
     tokenizer: TokenizerOptions
     loss: LossOptions
+    perceptual: PerceptualOptions
     codebook: CodebookOptions
     batch: BatchOptions = field(default_factory=lambda: BatchOptions(epochs=40, global_batch_size=128))
     optim: OptimOptions = field(default_factory=OptimOptions)

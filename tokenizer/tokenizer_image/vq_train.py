@@ -116,7 +116,7 @@ def build_model(config: VQTrainConfig) -> VQModel:
 def build_loss(config: VQTrainConfig, device: torch.device) -> TokenizerLoss:
     """The losses, with their perceptual distance and their discriminator."""
     options = config.loss
-    perceptual = build_perceptual(options.perceptual_net, options.perceptual_file, device)
+    perceptual = build_perceptual(config.perceptual, device)
     discriminator = PatchGAN(options.disc_channels, options.disc_layers).to(device)
     return TokenizerLoss(perceptual, discriminator, options.disc_loss, options.disc_start, options.disc_adaptive_weight)
 
@@ -128,8 +128,7 @@ def open_datasets(config: VQTrainConfig) -> tuple[ImageDataset, ImageDataset]:
     held_out = open_images(evaluation.val_path, "--val-path") if evaluation.val_path else source
     if evaluation.val_limit:
         held_out = held_out.subset(evaluation.val_limit)
-    training = ImageDataset(source, size, augment="train", seed=config.run.seed, random_crop=config.augmentation.random_crop,
-                            random_flip=config.augmentation.random_flip)
+    training = ImageDataset(source, size, config.run.seed, config.augmentation.random_crop, config.augmentation.random_flip)
     return training, ImageDataset(held_out, size)
 
 
@@ -250,8 +249,7 @@ def evaluate(training: TokenizerState, dataset: ImageDataset, plan: StepPlan, co
                                      config.images.num_workers)
         if run.processes.is_main:
             run.picture(step + 1, "reconstructions", reconstruction_grid(model, dataset, streams, run.processes.device))
-    run.write(step + 1, {f"eval/{name}": value for name, value in figures.items()})
-    log.info("step %d: %s", step + 1, "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    run.write_evaluation(step, figures)
     cells = (config.images.image_size // model.config.downsampling) ** 2
     warn_of_collapse(figures, int(figures["images"]), cells, model.config.codebook_sizes)
     return figures
