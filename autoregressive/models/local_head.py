@@ -102,10 +102,6 @@ class LocalContextHead(nn.Module):
         rotary[: self.leading] = 0                                                 # the release's first row
         self.register_buffer("rotary", rotary if config.head_rotary == "zero_summary" else None, persistent=False)
 
-    def rows(self, start: int, end: int) -> Tensor | None:
-        """Rotary rows of a range of slots, or None when slots are not rotated."""
-        return None if self.rotary is None else self.rotary[start:end]
-
     def forward(self, hidden: Tensor, embedded: list[Tensor], run_block: RunBlock) -> Tensor:
         """Teacher-forced head states.
 
@@ -135,7 +131,7 @@ class LocalContextHead(nn.Module):
         return self._pass(embedded[:, None], state, slot=self.leading + stream)
 
     def _pass(self, x: Tensor, state: HeadState, slot: int) -> Tensor:
-        rotary = self.rows(slot, slot + x.shape[1])
+        rotary = None if self.rotary is None else self.rotary[slot : slot + x.shape[1]]
         for index, (block, cache) in enumerate(zip(self.layers, state.cache.layers, strict=True)):
             last = index == len(self.layers) - 1
             x = block(x, rotary, cache, slot, skip=self.leading * (slot == 0 and last))

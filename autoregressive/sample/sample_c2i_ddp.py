@@ -70,39 +70,27 @@ def make_labels(config: SampleConfig, num_classes: int) -> np.ndarray:
     return np.arange(count) % num_classes
 
 
-def draw_share(pipeline: Pipeline, store: ImageStore, labels: np.ndarray, config: SampleConfig,
-               processes: Processes) -> None:
-    """Draw this process's missing samples, batch by batch."""
-    share = np.array_split(np.arange(len(labels)), processes.world_size)[processes.rank]
-    rows = np.intersect1d(share, store.missing())
-    bar = progress(len(share), "sample", "images", processes, len(share) - len(rows))
-    for first in range(0, len(rows), config.batch_size):
-        batch = rows[first : first + config.batch_size]
-        # Always the same shape, so that matrix kernels and with them the samples are the same for every batch.
-        padded = np.pad(batch, (0, config.batch_size - len(batch)), mode="edge")
-        store.write(batch, pipeline.sample(labels[padded], padded)[: len(batch)])
-        bar.update(len(batch))
-    bar.close()
-
-
-def identity(config: SampleConfig, pipeline: Pipeline) -> dict:
+def identity(config: SampleConfig, pipeline: Pipeline) -> dict[str, Any]:
     """What the samples depend on: a partial file with another identity is not continued."""
     fine = to_dict(config.fine) if pipeline.fine is not None else {}
     return {"kind": "samples", **pipeline.identity(), "random_labels": config.random_labels, **to_dict(config.sampling), **fine}
 
 
-def preview(images: np.ndarray, path: Path) -> None:
-    """A PNG of the first samples beside the npz: one would rather look than read."""
-    columns = min(len(images), 10)
-    image_grid(images[: columns * (len(images) // columns)], columns, scale=max(1, 64 // images.shape[1])).save(path)
-
-
 def draw(pipeline: Pipeline, path: Path, labels: np.ndarray, about: dict[str, Any], config: SampleConfig,
          processes: Processes) -> None:
-    """Draw an image of each label into the npz `path`; about: its identity, `kind` among it."""
+    """Draw an image of each label into the npz `path`; about: its identity, with `kind`."""
     store = ImageStore(path, (len(labels), pipeline.image_size, pipeline.image_size, 3), about)
     started, missing = time.perf_counter(), len(store.missing())
-    draw_share(pipeline, store, labels, config, processes)
+    share = np.array_split(np.arange(len(labels)), processes.world_size)[processes.rank]
+    rows = np.intersect1d(share, store.missing())
+    bar = progress(len(share), "sample", "images", processes, len(share) - len(rows))
+    for first in range(0, len(rows), config.batch_size):
+        batch = rows[first : first + config.batch_size]
+        # Every batch has the same shape: another one would select other matrix kernels and change the last bits.
+        padded = np.pad(batch, (0, config.batch_size - len(batch)), mode="edge")
+        store.write(batch, pipeline.sample(labels[padded], padded)[: len(batch)])
+        bar.update(len(batch))
+    bar.close()
     store.finish(processes, arr_1=labels, kind=np.array(about["kind"]), options=np.array(json.dumps(about)))
     if processes.is_main:
         rate = {"images": missing, "images_per_second": missing / (time.perf_counter() - started)}
@@ -124,14 +112,6 @@ def draw_and_select(pipeline: Pipeline, selector: Selector, labels: np.ndarray, 
     keep_best(selector, candidates, out, labels, about, config.rejection.classifier_batch_size, processes)
 
 
-def sample(config: SampleConfig, processes: Processes) -> None:
-    """Load the models, draw all samples and write the npz."""
-    check_rejection(config.rejection)
-    pipeline = Pipeline(config.models, config.sampling, config.fine, processes.device)
-    selector = load_selector(config.rejection, pipeline.num_classes) if config.rejection.rejection_ratio > 1 else None
-    write_samples(config, pipeline, selector, processes)
-
-
 def write_samples(config: SampleConfig, pipeline: Pipeline, selector: Selector | None, processes: Processes) -> None:
     """Draw all samples and write the npz; a finished one is left as it is."""
     labels, ratio = make_labels(config, pipeline.num_classes), config.rejection.rejection_ratio
@@ -145,16 +125,21 @@ def write_samples(config: SampleConfig, pipeline: Pipeline, selector: Selector |
     else:
         draw_and_select(pipeline, selector, labels, about, config, processes)
     if processes.is_main:
-        preview(open_array(config.out, "arr_0")[:100], config.out.with_suffix(".png"))
+        first, columns = open_array(config.out, "arr_0")[:100], min(len(labels), 10)
+        rows = first[: columns * (len(first) // columns)]
+        image_grid(rows, columns, scale=max(1, 64 // pipeline.image_size)).save(config.out.with_suffix(".png"))
         log.info("%s: %d samples of %d classes, %dx%d", config.out, len(labels), pipeline.num_classes, *shape[1:3])
 
 
 def main() -> None:
-    """Parse options and sample."""
+    """Parse options, load the models, draw all samples and write the npz."""
     config = parse(SampleConfig, carried_options)
     processes = setup(config.models.device)
     set_up_logging(processes)
-    sample(config, processes)
+    check_rejection(config.rejection)
+    pipeline = Pipeline(config.models, config.sampling, config.fine, processes.device)
+    selector = load_selector(config.rejection, pipeline.num_classes) if config.rejection.rejection_ratio > 1 else None
+    write_samples(config, pipeline, selector, processes)
     processes.barrier()
     processes.close()
 
