@@ -159,7 +159,7 @@ class Sampler:
         """Mix the two branches [B, K] with the scale of this step and stream; attention: [2B] or None."""
         if -1 < self.options.cfg_interval < step - 1:  # LlamaGen counts from the second token on
             return conditional
-        a = None if attention is None else attention[: len(conditional), None]     # [B, 1]
+        a = 0.0 if attention is None else attention[: len(conditional), None]      # [B, 1]
         start, end = self.ranges[stream]
         progress = self.guidance.progress(step, self.steps)
         return guide(conditional, unconditional,

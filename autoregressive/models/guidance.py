@@ -23,35 +23,33 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: Scale) -> Tensor:
     return unconditional + scale * (conditional - unconditional)
 
 
-def constant(start: float, end: float, progress: float, attention: Tensor | None, weight: float) -> Scale:
+def constant(start: float, end: float, progress: float, attention: Scale, weight: float) -> Scale:
     """The same scale at every step (LlamaGen)."""
     return start
 
 
-def progressive(start: float, end: float, progress: float, attention: Tensor | None, weight: float) -> Scale:
+def progressive(start: float, end: float, progress: float, attention: Scale, weight: float) -> Scale:
     """A scale that grows linearly with the step (equation 16)."""
     return start + (end - start) * progress
 
 
-def progressive_attention(start: float, end: float, progress: float, attention: Tensor | None, weight: float) -> Scale:
+def progressive_attention(start: float, end: float, progress: float, attention: Scale, weight: float) -> Scale:
     """The released formula: attention to the class adds to the progress."""
-    assert attention is not None
     return start + (end - start) * (progress + weight * attention)
 
 
-def equation18(start: float, end: float, progress: float, attention: Tensor | None, weight: float) -> Scale:
+def equation18(start: float, end: float, progress: float, attention: Scale, weight: float) -> Scale:
     """Equation 18 as printed: attention to the class multiplies the scale."""
-    assert attention is not None
     return (start + (end - start) * progress) * attention
 
 
 class Guidance(NamedTuple):
     """A schedule of the guidance scale."""
 
-    scale: Callable[[float, float, float, Tensor | None, float], Scale]
+    scale: Callable[[float, float, float, Scale, float], Scale]
     """(start, end, progress, attention a [B, 1], attention weight w) -> scale, a number or [B, 1]."""
     reads_attention: bool = False
-    """Whether a is needed; it is None otherwise."""
+    """Whether a is needed; it is 0 otherwise."""
     reaches_end: bool = True
     """Whether progress is i/(M-1), which is 1 at the last step, or i/M."""
     one_is_off: bool = True
