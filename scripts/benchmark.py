@@ -59,18 +59,13 @@ class BenchmarkConfig:
     """auto: CUDA where there is any."""
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call."""
-    synchronise(device)
+    """Seconds of one call, until the device is done."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
     started = time.perf_counter()
     work()
-    synchronise(device)
+    wait()
     return time.perf_counter() - started
 
 

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started by its p
 
 from matplotlib.figure import Figure
 
+from scripts.paper.plot_losses import read_curve
 from utils.config import parse, run_main
 from utils.files import write_json
 
@@ -22,22 +23,14 @@ class ReportConfig:
     """Folder of the quickstart."""
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """The logged lines of a run."""
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
 def draw_curves(folder: Path) -> None:
     """Loss curves of the three trainings in one picture."""
     panels = [("stage 1", "vq/semantic", ("perceptual",)), ("stage 2", "vq/dual", ("pixel",)),
               ("GPT", "gpt", ("loss_semantic", "loss_detail"))]
     figure = Figure(figsize=(12, 3.2))
-    axes = figure.subplots(1, len(panels))
-    for axis, (title, run_dir, names) in zip(axes, panels):
-        lines = read_metrics(folder / run_dir)
+    for axis, (title, run_dir, names) in zip(figure.subplots(1, len(panels)), panels):
         for name in names:
-            points = [(line["step"], line[name]) for line in lines if name in line]
-            axis.plot(*zip(*points), label=name.replace("loss_", ""))
+            axis.plot(*read_curve(folder / run_dir, name), label=name.replace("loss_", ""))
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
         axis.legend()
@@ -48,18 +41,15 @@ def draw_curves(folder: Path) -> None:
 def gather(folder: Path) -> dict[str, Any]:
     """All figures, from the files that the phases wrote."""
     judged = json.loads((folder / "judged.json").read_text())
+    guided, unguided, real, reconstructed = (judged[name] for name in ("guided", "unguided", "real", "stage2"))
     semantic, dual = (json.loads((folder / f"{name}.json").read_text()) for name in ("stage1", "stage2"))
     return {
         "psnr_semantic": semantic["psnr"], "psnr_dual": dual["psnr"], "ssim_dual": dual["ssim"],
-        "usage_semantic": dual["usage_semantic"], "usage_detail": dual["usage_detail"],
-        "perplexity_semantic": dual["perplexity_semantic"], "perplexity_detail": dual["perplexity_detail"],
-        "class_accuracy_guided": judged["guided"]["class_accuracy"],
-        "class_accuracy_unguided": judged["unguided"]["class_accuracy"],
-        "class_accuracy_real": judged["real"]["class_accuracy"],
-        "class_accuracy_reconstructed": judged["stage2"]["class_accuracy"],
-        "frechet_samples": judged["guided"]["frechet"], "frechet_unguided": judged["unguided"]["frechet"],
-        "frechet_reconstructed": judged["stage2"]["frechet"], "frechet_real": judged["real"]["frechet"],
-        "samples": judged["guided"]["images"],
+        **{name: dual[name] for name in ("usage_semantic", "usage_detail", "perplexity_semantic", "perplexity_detail")},
+        "class_accuracy_guided": guided["class_accuracy"], "class_accuracy_unguided": unguided["class_accuracy"],
+        "class_accuracy_real": real["class_accuracy"], "class_accuracy_reconstructed": reconstructed["class_accuracy"],
+        "frechet_samples": guided["frechet"], "frechet_unguided": unguided["frechet"],
+        "frechet_reconstructed": reconstructed["frechet"], "frechet_real": real["frechet"], "samples": guided["images"],
         "seconds": {path.name: int(path.read_text()) for path in sorted((folder / "phases").iterdir())
                     if not path.name.startswith(".")},
     }

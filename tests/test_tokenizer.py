@@ -15,7 +15,7 @@ from tokenizer.tokenizer_image.codebook import (
     whiten_projection,
 )
 from tokenizer.tokenizer_image.discriminator import PatchGAN
-from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel, build_tokenizer
+from tokenizer.tokenizer_image.vq_model import VQ_models, VQConfig, VQModel, build_tokenizer
 from tokenizer.tokenizer_image.vq_options import VQTrainConfig
 from tokenizer.tokenizer_image.vq_train import autoencoder_loss
 from utils.config import parse
@@ -70,7 +70,7 @@ def test_detail_codes_quantize_the_residual():
     semantic_book, detail_book = F.normalize(model.quantizer.codebooks[0], dim=-1), model.quantizer.codebooks[1]
     semantic = torch.cdist(e, semantic_book).argmin(1)
     detail = torch.cdist(e - semantic_book[semantic], detail_book).argmin(1)
-    codes = model.quantizer.encode(latents)
+    codes = model.quantizer(latents).codes
     assert torch.equal(codes[:, 0].flatten(), semantic) and torch.equal(codes[:, 1].flatten(), detail)
 
 
@@ -137,9 +137,9 @@ def test_stage_terms_are_those_of_the_recipe():
     for (recipe, stage), weights in vq_loss.RECIPES.items():
         if stage != "single":
             decoded, quantized = model(images)
-            _, terms = loss.generator(images, decoded, quantized, weights, 10, model.decoder.last_layer)
+            _, terms = loss.generator(images, decoded, quantized, weights, 10, model.decoder.conv_out.weight)
             seen[recipe, stage] = set(terms) - {"codebook", "commitment", "total"}
-            _, early = loss.generator(images, decoded, quantized, weights, 9, model.decoder.last_layer)
+            _, early = loss.generator(images, decoded, quantized, weights, 9, model.decoder.conv_out.weight)
             assert "adversarial" not in early
     assert seen == {("paper", "semantic"): {"perceptual"}, ("paper", "dual"): {"pixel", "adversarial"},
                     ("released", "semantic"): {"perceptual", "adversarial"},
@@ -149,7 +149,7 @@ def test_stage_terms_are_those_of_the_recipe():
 def test_adversarial_losses_equal_the_reference():
     """Values and gradients of the released losses where they are right, of the corrected ones where they are not."""
     golden = np.load(GOLDEN / "losses.npz")
-    for name, function in [("hinge_d_loss", vq_loss.hinge_d_loss), ("vanilla_d_loss", vq_loss.vanilla_d_loss)]:
+    for name, function in [("hinge_d_loss", vq_loss.hinge_d_loss), ("vanilla_d_loss", vq_loss.cross_entropy_d_loss)]:
         real, fake = (torch.from_numpy(golden[key]).requires_grad_() for key in ("logits_real", "logits_fake"))
         function(real, fake).backward()
         np.testing.assert_allclose(function(real, fake).item(), golden[name], rtol=1e-6)
@@ -157,7 +157,7 @@ def test_adversarial_losses_equal_the_reference():
         np.testing.assert_allclose(fake.grad, golden[f"{name}_grad_fake"], atol=1e-7)
     real, fake = (torch.from_numpy(golden[key]) for key in ("logits_real", "logits_fake"))
     np.testing.assert_allclose(vq_loss.hinge_g_loss(fake), golden["hinge_gen_loss"], rtol=1e-6)
-    np.testing.assert_allclose(vq_loss.non_saturating_d_loss(real, fake), golden["correct_non_saturating_d_loss"], rtol=1e-6)
+    np.testing.assert_allclose(vq_loss.cross_entropy_d_loss(real, fake), golden["correct_non_saturating_d_loss"], rtol=1e-6)
     np.testing.assert_allclose(vq_loss.non_saturating_g_loss(fake), golden["correct_non_saturating_gen_loss"], rtol=1e-6)
 
 
@@ -177,14 +177,14 @@ def test_usage_and_perplexity_count_the_whole_set():
     usage = CodeUsage((4, 8), torch.device("cpu"))
     usage.add(torch.tensor([[[0, 0], [1, 2]]]))
     usage.add(torch.tensor([[[1, 1], [3, 4]]]))
-    figures = usage.figures(2)
+    figures = usage.figures(2, ALONE)
     assert figures["usage_semantic"] == 0.5 and figures["usage_detail"] == 0.5
     np.testing.assert_allclose([figures["perplexity_semantic"], figures["perplexity_detail"]], [2, 4], rtol=1e-6)
 
 
 def test_collapse_is_announced(caplog):
     """Codebook collapse that nobody saw is the classic way to lose a week."""
-    warn_of_collapse({"usage_semantic": 0.9, "usage_detail": 0.1}, 1000, 16, (128, 512))
+    warn_of_collapse({"images": 1000, "usage_semantic": 0.9, "usage_detail": 0.1}, VQConfig(codebook_sizes=(128, 512)), 64)
     assert "CODEBOOK COLLAPSE" in caplog.text and "detail" in caplog.text and "semantic codebook" not in caplog.text
 
 

@@ -66,8 +66,7 @@ def read_curve(run_dir: Path, metric: str) -> tuple[list[int], list[float]]:
         present = sorted({name for line in lines for name in line} - {"step"})
         raise UserError(f"--metric {metric} has no finite value in {file}, which logs "
                         f"{', '.join(present) or 'nothing'}: choose one that it logs.")
-    steps, values = zip(*points)
-    return list(steps), list(values)
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def legend_names(config: PlotConfig) -> list[str]:
@@ -85,8 +84,7 @@ def check(config: PlotConfig) -> None:
     if config.names and len(config.names) != len(config.runs):
         raise UserError(f"--names has {len(config.names)} names for {len(config.runs)} runs: give one per run, or none.")
     if config.out.suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"--out {str(config.out)!r} is not the name of a picture: give one that ends in .png, .pdf or "
-                        ".svg.")
+        raise UserError(f"--out {str(config.out)!r} is not the name of a picture: give one that ends in .png, .pdf or .svg.")
 
 
 def draw(curves: list[dict[str, Any]], config: PlotConfig) -> Figure:
@@ -114,8 +112,7 @@ def main() -> None:
         curves.append({"name": name, "steps": steps, "values": values, "smoothed": smoothed(values, config.smooth)})
     check_writable(config.out.parent, "--out")
     draw(curves, config).savefig(config.out, dpi=120)
-    points = {"metric": config.metric, "smooth": config.smooth, "runs": curves}
-    write_json(config.out.with_suffix(".json"), points)
+    write_json(config.out.with_suffix(".json"), {"metric": config.metric, "smooth": config.smooth, "runs": curves})
     for curve in curves:
         print(f"{curve['name']:30} {curve['smoothed'][-1]:.4f} at step {curve['steps'][-1]}")
 

@@ -26,6 +26,7 @@ from evaluations.c2i.evaluator import compare
 from evaluations.c2i.features import FeatureSource
 from evaluations.c2i.judge import features_and_votes, judge
 from evaluations.c2i.metrics import feature_statistics
+from scripts.paper.table import markdown_table
 from utils.classifier import load_classifier
 from utils.config import UserError, parse, run_main
 from utils.distributed import Processes, setup
@@ -120,29 +121,26 @@ def sweep(config: SweepConfig, processes: Processes) -> dict[str, Figures]:
 def table(results: dict[str, Figures]) -> str:
     """Markdown table, a row for each range."""
     names = list(next(iter(results.values())))
-    lines = ["| start | end | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 2)]
-    for text, figures in results.items():
-        cells = ["n/a" if figures[name] is None else f"{figures[name]:.4g}" for name in names]
-        lines.append("| " + " | ".join([*text.split(":"), *cells]) + " |")
-    return "\n".join(lines) + "\n"
+    rows = [[*text.split(":"), *("n/a" if figures[name] is None else f"{figures[name]:.4g}" for name in names)]
+            for text, figures in results.items()]
+    return markdown_table(["start", "end", *names], rows)
 
 
 def draw_curves(results: dict[str, Figures], path: Path) -> None:
     """Figures over the end of the range, with a curve for each start and one for constant guidance."""
     names = [name for name in next(iter(results.values())) if name != "images"]
     figure = Figure(figsize=(4.2 * len(names), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(names), squeeze=False)
-    points = sorted(((*parse_range(text), figures) for text, figures in results.items()), key=lambda point: point[:2])
-    curves = {f"from {start:g}": [(e, f) for s, e, f in points if s == start and e != s] for start, *_ in points}
-    curves["constant"] = [(e, f) for s, e, f in points if s == e]
-    for axis, name in zip(axes[0], names):
+    axes = figure.subplots(1, len(names), squeeze=False)[0]
+    points = [(*parse_range(text), figures) for text, figures in results.items()]
+    curves: dict[str, list[tuple[float, Figures]]] = {}
+    for start, end, figures in sorted(points, key=lambda point: (point[0] == point[1], *point[:2])):  # constant guidance last
+        curves.setdefault("constant" if start == end else f"from {start:g}", []).append((end, figures))
+    for axis, name in zip(axes, names):
         for label, curve in curves.items():
-            if curve:
-                ends, values = zip(*sorted((end, figures[name]) for end, figures in curve))
-                axis.plot(ends, values, marker="o", label=label)
+            axis.plot([end for end, _ in curve], [figures[name] for _, figures in curve], marker="o", label=label)
         axis.set(title=name, xlabel="end of the guidance range")
         axis.grid(alpha=0.3)
-    axes[0][0].legend()
+    axes[0].legend()
     figure.savefig(path, dpi=110)
 
 

@@ -88,6 +88,12 @@ def cell(values: list[float] | None, digits: int) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    """The lines of a table in Markdown."""
+    first, *others = ("| " + " | ".join(row) + " |" for row in (head, *rows))
+    return "\n".join([first, "|" + "---|" * len(head), *others]) + "\n"
+
+
 def markdown(config: TableConfig) -> str:
     """The table: label, published columns, measured columns."""
     published = json.loads(PUBLISHED.read_text())
@@ -95,14 +101,13 @@ def markdown(config: TableConfig) -> str:
     measured = {row: read_row(config.folder, row) for row in config.rows}
     names = [name for name in COLUMNS if any(name in figures for figures in measured.values())]
     head = ["", *(f"{column} (published)" for column in source["columns"]), *(name.replace("_", " ") for name in names)]
-    title = [f"**{source['title']}**", *([config.note] if config.note else []), ""]
-    lines = [*title, "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows = []
     for row, figures in measured.items():
         known = source["rows"].get(row, {"label": row, "values": []})
         values = [str(value) for value in known["values"]] + [""] * (len(source["columns"]) - len(known["values"]))
-        cells = [known["label"], *values, *(cell(figures.get(name), COLUMNS[name]) for name in names)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([known["label"], *values, *(cell(figures.get(name), COLUMNS[name]) for name in names)])
+    note = f"{config.note}\n" if config.note else ""
+    return f"**{source['title']}**\n{note}\n{markdown_table(head, rows)}"
 
 
 def main() -> None:

@@ -23,7 +23,6 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from tokenizer.tokenizer_image.evaluate import reconstruct
 from tokenizer.tokenizer_image.perceptual import PerceptualOptions, build_perceptual
@@ -31,12 +30,12 @@ from tokenizer.tokenizer_image.quantizer import Streams
 from tokenizer.tokenizer_image.vq_model import VQModel, load_tokenizer
 from utils.config import Count, Device, Positive, UserError, choices, interval, parse, require_multiple, run_main
 from utils.crops import to_uint8
-from utils.distributed import setup
+from utils.distributed import Processes, setup
 from utils.files import check_writable, write_json
 from utils.image_dataset import ImageDataset, ImageOptions
 from utils.images import open_images
 from utils.pictures import image_grid
-from utils.run import set_up_logging
+from utils.run import progress, set_up_logging
 
 log = logging.getLogger("code_distance")
 
@@ -112,14 +111,13 @@ def replace_codes(codes: Tensor, stream: int, replacement: Tensor) -> Tensor:
 
 
 def measure(config: CodeDistanceConfig, tokenizer: VQModel, streams: Streams, dataset: ImageDataset,
-            replaced: Replacements, device: torch.device) -> list[dict[str, Any]]:
+            replaced: Replacements, processes: Processes) -> list[dict[str, Any]]:
     """The curve: for every point the target, the realised distance (mean over cells), mse, lpips, and what was measured."""
+    points, device = len(replaced.targets), processes.device
     perceptual = build_perceptual(config.perceptual, device)
-    points = len(replaced.targets)
     sums = torch.zeros(points, 3, dtype=torch.float64, device=device)  # distance, MSE, LPIPS
     count, rows = 0, np.arange(len(dataset))
-    with tqdm(total=len(rows) * points, desc="code distance", unit="images", dynamic_ncols=True,
-              mininterval=1.0) as bar:
+    with progress(len(rows) * points, "code distance", "images", processes) as bar:
         for _, images, decoded, codes in reconstruct(tokenizer, dataset, rows, streams, config.batch_size,
                                                      config.data.num_workers, device):
             compared = images if config.against == "source" else decoded.clamp(-1, 1)
@@ -141,17 +139,15 @@ def draw_curves(curve: list[dict[str, Any]], config: CodeDistanceConfig) -> Figu
     left = figure.subplots()
     right = left.twinx()
     distances = [point["distance"] for point in curve]
-    perceptual = {"classifier": "classifier distance", "random": "LPIPS of a random network"}
-    names = "MSE", perceptual.get(config.perceptual.perceptual_net, f"LPIPS ({config.perceptual.perceptual_net})")
-    lines = []
-    for axis, key, name, marker, color in ((left, "mse", names[0], "o-", "tab:blue"),
-                                           (right, "lpips", names[1], "s--", "tab:orange")):
-        lines += axis.plot(distances, [point[key] for point in curve], marker, color=color, label=name)
+    net = config.perceptual.perceptual_net
+    lpips = {"classifier": "classifier distance", "random": "LPIPS of a random network"}.get(net, f"LPIPS ({net})")
+    for axis, key, name, marker, color in ((left, "mse", "MSE", "o-", "tab:blue"), (right, "lpips", lpips, "s--", "tab:orange")):
+        axis.plot(distances, [point[key] for point in curve], marker, color=color, label=name)
         axis.set_ylabel(name, color=color)
         axis.set_ylim(bottom=0)
     left.set(xlabel="code distance", title=f"difference to the {config.against}, {curve[0]['images']} images")
     left.grid(alpha=0.3)
-    left.legend(handles=lines, loc="upper left")
+    left.legend(handles=[*left.lines, *right.lines], loc="upper left")
     figure.tight_layout()
     return figure
 
@@ -192,7 +188,7 @@ def main() -> None:
     check_writable(config.out, "--out")
     tokenizer, streams = open_tokenizer(config, processes.device)
     replaced = replacements(tokenizer.quantizer.table(config.stream), config.points)
-    curve = measure(config, tokenizer, streams, dataset, replaced, processes.device)
+    curve = measure(config, tokenizer, streams, dataset, replaced, processes)
     write_json(config.out / "code_distance.json", curve)
     draw_curves(curve, config).savefig(config.out / "code_distance.png", dpi=120)
     draw_images(config, tokenizer, streams, dataset, replaced, [point["distance"] for point in curve],

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tokenizer.tokenizer_image.kmeans import minibatch_kmeans
 from tokenizer.tokenizer_image.quantizer import VectorQuantizer, nearest
+from tokenizer.tokenizer_image.vq_model import VQConfig
 from utils.code_shards import STREAMS
 from utils.config import UserError
 from utils.distributed import Processes, all_reduce_sum, broadcast
@@ -35,32 +36,28 @@ class CodeUsage:
         for counts in self.counts:
             counts.zero_()
 
-    def gather(self, processes: Processes) -> None:
-        """Sum the counts of all processes."""
-        for counts in self.counts:
-            all_reduce_sum(counts, processes)
-
     def total(self, processes: Processes) -> list[Tensor]:
         """The counts of all processes together, in new tensors; the own counts stay."""
         return [all_reduce_sum(counts.clone(), processes) for counts in self.counts]
 
-    def figures(self, streams: int) -> dict[str, float]:
-        """usage_NAME, the fraction of codes used at all, and perplexity_NAME, exp of the code entropy, by stream."""
+    def figures(self, streams: int, processes: Processes) -> dict[str, float]:
+        """usage_NAME, the fraction of codes that any process used, and perplexity_NAME, exp of the code entropy, by stream."""
         result = {}
-        for name, counts in zip(STREAMS[len(self.counts)][:streams], self.counts):
+        for name, counts in zip(STREAMS[len(self.counts)][:streams], self.total(processes)):
             probability = counts / counts.sum().clamp_min(1)
             result[f"usage_{name}"] = (counts > 0).float().mean().item()
             result[f"perplexity_{name}"] = torch.special.entr(probability).sum().exp().item()
         return result
 
 
-def warn_of_collapse(figures: dict[str, float], images: int, cells: int, sizes: tuple[int, ...]) -> None:
+def warn_of_collapse(figures: dict[str, float], config: VQConfig, image_size: int) -> None:
     """Log a loud warning for every codebook of which less than half is used, where the set was large enough to tell."""
-    for name, size in zip(STREAMS[len(sizes)], sizes):
+    codes = figures["images"] * (image_size // config.downsampling) ** 2
+    for name, size in zip(STREAMS[len(config.codebook_sizes)], config.codebook_sizes):
         usage = figures.get(f"usage_{name}", 1.0)  # a stage that leaves a codebook out has no figure of it
-        if usage < 0.5 and images * cells >= 4 * size:
+        if usage < 0.5 and codes >= 4 * size:
             log.warning("CODEBOOK COLLAPSE: only %.1f%% of the %d codes of the %s codebook are used over %d images; "
-                        "try --codebook-init kmeans and --revive-every 100", 100 * usage, size, name, images)
+                        "try --codebook-init kmeans and --revive-every 100", 100 * usage, size, name, figures["images"])
 
 
 @torch.no_grad()

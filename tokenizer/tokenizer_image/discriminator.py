@@ -17,10 +17,8 @@ class PatchGAN(nn.Module):
                        nn.LeakyReLU(0.2, inplace=True)]
         self.main = nn.Sequential(*blocks, nn.Conv2d(width, 1, 4, padding=1))
         for module in self.main:
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, 0.0, 0.02)
-            elif isinstance(module, nn.BatchNorm2d):
-                nn.init.normal_(module.weight, 1.0, 0.02)
+            if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
+                nn.init.normal_(module.weight, 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0, 0.02)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> logits [B, 1, h', w']."""

@@ -25,7 +25,7 @@ def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
 @torch.no_grad()
 def reconstruct(tokenizer: VQModel, dataset: ImageDataset, rows: np.ndarray, streams: Streams, batch_size: int,
                 num_workers: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Pass images through the tokenizer.
+    """Pass images through a tokenizer in evaluation mode.
 
     Yields (rows [B], images, reconstructions, codes [B, C', h, w]); images float [B, 3, H, W] in [-1, 1] on `device`.
     A row that could not be read comes back under the number of the image that replaced it, and is left out.
@@ -43,15 +43,9 @@ def reconstruct(tokenizer: VQModel, dataset: ImageDataset, rows: np.ndarray, str
 
 
 @torch.no_grad()
-def evaluate_tokenizer(tokenizer: VQModel, dataset: ImageDataset, streams: Streams, perceptual: nn.Module | None,
+def evaluate_tokenizer(tokenizer: VQModel, dataset: ImageDataset, streams: Streams, perceptual: nn.Module,
                        processes: Processes, batch_size: int, num_workers: int = 0) -> dict[str, float]:
-    """Figures over the whole set, all processes together.
-
-    Returns psnr (dB, mean over images), lpips where a perceptual distance is given, usage_* and perplexity_* by
-    stream, and the number of images.
-    """
-    was_training = tokenizer.training
-    tokenizer.eval()
+    """Figures over the whole set: psnr (dB) and lpips, means over images, their number, usage_* and perplexity_* by stream."""
     usage = CodeUsage(tokenizer.config.codebook_sizes, processes.device)
     sums = torch.zeros(3, device=processes.device)  # PSNR, LPIPS, images
     rows = np.arange(processes.rank, len(dataset), processes.world_size)
@@ -59,25 +53,17 @@ def evaluate_tokenizer(tokenizer: VQModel, dataset: ImageDataset, streams: Strea
                                                          processes.device):
         usage.add(codes)
         sums[0] += psnr(to_uint8(images), to_uint8(reconstructions)).sum()
-        if perceptual is not None:
-            sums[1] += perceptual(images, reconstructions.clamp(-1, 1)).sum()
+        sums[1] += perceptual(images, reconstructions.clamp(-1, 1)).sum()
         sums[2] += len(images)
-    usage.gather(processes)
-    all_reduce_sum(sums, processes)
-    tokenizer.train(was_training)
-    total_psnr, total_lpips, count = sums.tolist()
-    figures = {"psnr": total_psnr / count, "images": count}
-    if perceptual is not None:
-        figures["lpips"] = total_lpips / count
-    return figures | usage.figures(tokenizer.quantizer.streams(streams))
+    total_psnr, total_lpips, count = all_reduce_sum(sums, processes).tolist()
+    figures = {"psnr": total_psnr / count, "images": count, "lpips": total_lpips / count}
+    return figures | usage.figures(tokenizer.quantizer.streams(streams), processes)
 
 
 @torch.no_grad()
 def reconstruction_grid(tokenizer: VQModel, dataset: ImageDataset, streams: Streams, device: torch.device,
                         count: int = 12) -> Image.Image:
     """A picture: originals, semantic-only reconstructions and, with more streams, full reconstructions, in rows."""
-    was_training = tokenizer.training
-    tokenizer.eval()
     picked = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)
     images = torch.stack([dataset[(0, int(index))][0] for index in picked]).to(device)
     codes = tokenizer.encode(images)
@@ -85,6 +71,5 @@ def reconstruction_grid(tokenizer: VQModel, dataset: ImageDataset, streams: Stre
     for kept in range(1, tokenizer.quantizer.streams(streams) + 1):
         shown.append(tokenizer.decode_codes(codes[:, :kept]))
         names.append(("semantic", "+ detail")[kept - 1] if len(tokenizer.config.codebook_sizes) > 1 else "decoded")
-    tokenizer.train(was_training)
     return image_grid(to_uint8(torch.cat(shown)).cpu().numpy(), len(images), rows=names,
                       scale=max(1, 64 // images.shape[-1]))

@@ -46,11 +46,10 @@ class ClassifierDistance(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1], twice -> [B, 1, 1, 1]."""
-        distances = [(a - b).square().sum(1, keepdim=True).mean((2, 3), keepdim=True)]
+        differences = [a - b]
         for x, y in zip(self.classifier.feature_maps(a), self.classifier.feature_maps(b), strict=True):
-            difference = F.normalize(x, dim=1) - F.normalize(y, dim=1)
-            distances.append(difference.square().sum(1, keepdim=True).mean((2, 3), keepdim=True))
-        return torch.stack(distances).mean(0)
+            differences.append(F.normalize(x, dim=1) - F.normalize(y, dim=1))
+        return torch.stack([each.square().sum(1, keepdim=True).mean((2, 3), keepdim=True) for each in differences]).mean(0)
 
 
 def build_perceptual(options: PerceptualOptions, device: torch.device) -> nn.Module:

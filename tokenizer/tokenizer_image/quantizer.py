@@ -1,8 +1,7 @@
 """Quantizers: from one latent vector a cell to one code a stream (paper section 4.2.1, equations 5 and 6).
 
-All quantizers share one interface and are looked up in `QUANTIZERS` by the tokenizer:
-`forward` quantizes for training, `encode` gives codes, `lookup` turns codes into latents.  Distances are computed in
-float32 whatever the autocast state, so that codes do not depend on it.
+All quantizers share one interface and are looked up in `QUANTIZERS` by the tokenizer: `forward` quantizes, `lookup` turns
+codes into latents.  Distances are computed in float32 whatever the autocast state, so that codes do not depend on it.
 
 Deviation from the paper: latents and the semantic codebook are L2-normalised at use and the detail codebook is not, as
 in the release.
@@ -40,7 +39,7 @@ def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 
 class VectorQuantizer(nn.Module):
-    """Single codebook (LlamaGen), L2-normalised latents and codes."""
+    """LlamaGen's single codebook; IAR2's associated dual one: semantic, then the detail of the residual (equations 5 and 6)."""
 
     def __init__(self, codebook_sizes: tuple[int, ...], code_dim: int, beta: float) -> None:
         super().__init__()
@@ -72,7 +71,7 @@ class VectorQuantizer(nn.Module):
         streams: "semantic" stops after the first codebook (stage 1); freeze_semantic keeps the joint loss from moving
         the semantic codebook (equation 9 minimises over E, D and C_d).
         """
-        shape = latents.shape
+        grid = latents.shape[0], *latents.shape[2:]
         with torch.autocast(latents.device.type, enabled=False):
             e = self.residuals(latents, 0)                                         # [M, d]
             chosen, quantized, residual = [], torch.zeros_like(e), e
@@ -86,23 +85,13 @@ class VectorQuantizer(nn.Module):
             codebook_loss = F.mse_loss(quantized, e.detach())
             commitment_loss = self.beta * F.mse_loss(e, quantized.detach())
             quantized = e + (quantized - e).detach()
-        grid = shape[0], *shape[2:]
         codes = torch.stack(chosen).unflatten(1, grid).movedim(0, 1)               # [B, C, h, w]
         return Quantized(quantized.unflatten(0, grid).movedim(-1, 1), codes, codebook_loss, commitment_loss)
-
-    @torch.no_grad()
-    def encode(self, latents: Tensor) -> Tensor:
-        """Encoder outputs [B, d, h, w] -> codes [B, C, h, w] int64."""
-        return self(latents).codes
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Codes [B, C', h, w] of the first C' streams -> latents [B, d, h, w]."""
         parts = [F.embedding(stream, self.table(index)) for index, stream in enumerate(codes.unbind(1))]
         return torch.stack(parts).sum(0).movedim(-1, 1)
-
-
-class SemanticDetailQuantizer(VectorQuantizer):
-    """IAR2's associated dual codebook: semantic, then the detail of the residual (equations 5 and 6)."""
 
 
 class ProductQuantizer(VectorQuantizer):
@@ -150,6 +139,6 @@ class ProductQuantizer(VectorQuantizer):
 QUANTIZERS: dict[str, tuple[type[VectorQuantizer], int, tuple[str, ...]]] = {
     # name: (class, number of codebooks, stages of training)
     "single": (VectorQuantizer, 1, ("single",)),
-    "dual": (SemanticDetailQuantizer, 2, ("semantic", "dual")),
+    "dual": (VectorQuantizer, 2, ("semantic", "dual")),
     "product": (ProductQuantizer, 2, ("single",)),
 }

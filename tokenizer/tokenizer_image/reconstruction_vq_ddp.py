@@ -79,13 +79,12 @@ def run_share(config: ReconstructionConfig, tokenizer: VQModel, dataset: ImageDa
         bar.update(len(rows))
     bar.close()
     store.mark_skipped(np.intersect1d(share, store.missing()))
-    usage.gather(processes)
     total = all_reduce_sum(sums, processes).tolist()
     figures = {name: value / total[3] for name, value in zip(("psnr", "ssim", "lpips"), total)} | {"images": int(total[3])}
-    figures |= usage.figures(tokenizer.quantizer.streams(config.streams)) | {"perceptual_net": config.perceptual.perceptual_net}
+    figures |= usage.figures(tokenizer.quantizer.streams(config.streams), processes)
+    figures["perceptual_net"] = config.perceptual.perceptual_net
     if processes.is_main:
-        cells = (config.images.image_size // tokenizer.config.downsampling) ** 2
-        warn_of_collapse(figures, figures["images"], cells, tokenizer.config.codebook_sizes)
+        warn_of_collapse(figures, tokenizer.config, config.images.image_size)
         reconstruction_grid(tokenizer, dataset, config.streams, processes.device).save(config.out.with_suffix(".png"))
     return figures
 

@@ -41,19 +41,13 @@ def hinge_d_loss(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
-def vanilla_d_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Discriminator's softplus loss."""
+def cross_entropy_d_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Discriminator's cross-entropy with labels one for real, zero for fake: softplus(-x) is -log sigmoid(x)."""
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
-def non_saturating_d_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Discriminator's cross-entropy with labels one for real, zero for fake."""
-    return 0.5 * (F.binary_cross_entropy_with_logits(real, torch.ones_like(real))
-                  + F.binary_cross_entropy_with_logits(fake, torch.zeros_like(fake)))
-
-
 def hinge_g_loss(fake: Tensor) -> Tensor:
-    """Generator's loss beside the hinge and vanilla discriminators."""
+    """Generator's loss of "hinge" and "vanilla"."""
     return -fake.mean()
 
 
@@ -65,8 +59,8 @@ def non_saturating_g_loss(fake: Tensor) -> Tensor:
 ADVERSARIAL = {
     # name: (discriminator's loss, generator's loss)
     "hinge": (hinge_d_loss, hinge_g_loss),
-    "vanilla": (vanilla_d_loss, hinge_g_loss),
-    "non-saturating": (non_saturating_d_loss, non_saturating_g_loss),
+    "vanilla": (cross_entropy_d_loss, hinge_g_loss),
+    "non-saturating": (cross_entropy_d_loss, non_saturating_g_loss),
 }
 
 

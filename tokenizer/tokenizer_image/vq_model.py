@@ -186,11 +186,6 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 3 * config.stem**2, 3, padding=1)
         self.stem = nn.PixelShuffle(config.stem) if config.stem > 1 else nn.Identity()
 
-    @property
-    def last_layer(self) -> Tensor:
-        """The weight against which adaptive loss weights are measured."""
-        return self.conv_out.weight
-
     def forward(self, latents: Tensor) -> Tensor:
         """[B, latent_channels, h, w] -> [B, 3, H, W], about [-1, 1], not clamped."""
         x = self.mid(self.conv_in(latents))
@@ -243,7 +238,7 @@ class VQModel(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] -> codes [B, C, h, w] int64."""
-        return self.quantizer.encode(self.latents(images))
+        return self.quantizer(self.latents(images)).codes
 
     def decode(self, latents: Tensor) -> Tensor:
         """Quantized latents [B, d, h, w] -> images [B, 3, H, W]."""

@@ -77,7 +77,7 @@ def autoencoder_loss(model: VQModel, loss: TokenizerLoss, images: Tensor, config
     images: [B, 3, H, W] in [-1, 1].  Returns the loss, its terms, the reconstructions and what the quantizer chose.
     """
     weights = LossWeights(config.loss.pixel_weight, config.loss.perceptual_weight, config.loss.disc_weight)
-    last_layer = model.decoder.last_layer
+    last_layer = model.decoder.conv_out.weight
     reconstructions, quantized = model(images, trained_streams(config), freeze_semantic=config.stage == "dual")
     total, terms = loss.generator(images, reconstructions, quantized, weights, step, last_layer)
     if config.stage == "dual" and step % INTERLEAVE == INTERLEAVE - 1:
@@ -152,7 +152,7 @@ def introduce_codebook(model: VQModel, dataset: ImageDataset, config: VQTrainCon
 class TokenizerState(TrainState):
     """The training state of the tokenizer, with its losses and the discriminator's optimizer."""
 
-    vq: VQModel                 # the same as `model`, by its type
+    model: VQModel
     loss: TokenizerLoss
     disc_optimizer: torch.optim.Optimizer
     usage: CodeUsage            # since the last revival
@@ -191,7 +191,7 @@ def set_up(config: VQTrainConfig, processes: Processes) -> TokenizerState:
         initialise_optimizer(each)
     usage = CodeUsage(model.config.codebook_sizes, processes.device)
     ema = EMA(model, options.ema_decay) if options.ema_decay else None
-    return TokenizerState(model, optimizer, ema, model, loss, disc_optimizer, usage, processes)
+    return TokenizerState(model, optimizer, ema, loss, disc_optimizer, usage, processes)
 
 
 def train_step(training: TokenizerState, loader: Iterator[tuple[Tensor, Tensor, Tensor]], plan: StepPlan,
@@ -204,7 +204,7 @@ def train_step(training: TokenizerState, loader: Iterator[tuple[Tensor, Tensor, 
         images = next(loader)[0].to(device, non_blocking=True, memory_format=torch.channels_last)
         loss.discriminator.requires_grad_(False)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            total, terms, reconstructions, quantized = autoencoder_loss(training.vq, loss, images, config, step)
+            total, terms, reconstructions, quantized = autoencoder_loss(training.model, loss, images, config, step)
         (total / plan.accumulation).backward()
         if config.codebook.revive_every:
             training.usage.add(quantized.codes)
@@ -224,16 +224,15 @@ def train_step(training: TokenizerState, loader: Iterator[tuple[Tensor, Tensor, 
 
 def revive(training: TokenizerState, dataset: ImageDataset, config: VQTrainConfig, run: Run, step: int) -> None:
     """Move dead codes of the codebooks this stage trains onto latents of fresh images; starts counting anew."""
-    model, processes = training.vq, run.processes
-    training.usage.gather(processes)
+    model, processes = training.model, run.processes
+    counts = training.usage.total(processes)
     rows = torch.randint(len(dataset), (64,)).tolist()
     images = torch.stack([dataset[(step, row)][0] for row in rows]).to(processes.device)
     model.eval()
     for stream in range(model.quantizer.streams(trained_streams(config))):
         with torch.no_grad():
             vectors = model.quantizer.residuals(model.latents(images), stream)
-        moved = revive_dead_codes(model.quantizer, stream, training.usage.counts[stream], vectors, training.optimizer,
-                                  processes)
+        moved = revive_dead_codes(model.quantizer, stream, counts[stream], vectors, training.optimizer, processes)
         if moved:
             log.info("step %d: revived %d codes of codebook %d", step + 1, moved, stream)
     model.train()
@@ -243,25 +242,25 @@ def revive(training: TokenizerState, dataset: ImageDataset, config: VQTrainConfi
 def evaluate(training: TokenizerState, dataset: ImageDataset, plan: StepPlan, config: VQTrainConfig, run: Run,
              step: int) -> dict[str, float]:
     """Whole-set figures and pictures of the averaged (or, without averaging, the present) weights."""
-    model, streams = training.vq, trained_streams(config)
+    model, streams = training.model.eval(), trained_streams(config)
     with training.averaged():
         figures = evaluate_tokenizer(model, dataset, streams, training.loss.perceptual, run.processes, plan.micro_batch,
                                      config.images.num_workers)
         if run.processes.is_main:
             run.picture(step + 1, "reconstructions", reconstruction_grid(model, dataset, streams, run.processes.device))
+    model.train()
     run.write_evaluation(step, figures)
-    cells = (config.images.image_size // model.config.downsampling) ** 2
-    warn_of_collapse(figures, int(figures["images"]), cells, model.config.codebook_sizes)
+    warn_of_collapse(figures, model.config, config.images.image_size)
     return figures
 
 
 def export_tokenizer(training: TokenizerState, config: VQTrainConfig, run: Run, step: int, figures: dict[str, float]) -> None:
     """Write tokenizer.safetensors, averaged where averaging is on, with its configuration and figures."""
     with training.averaged():
-        tensors = training.vq.state_dict()
+        tensors = training.model.state_dict()
         about = TokenizerProvenance(fingerprint(tensors), config.stage, step, config.images.image_size, figures)
         export(run.folder / "tokenizer.safetensors", "tokenizer", tensors,
-               to_dict(about) | {"model": to_dict(training.vq.config)}, run.processes)
+               to_dict(about) | {"model": to_dict(training.model.config)}, run.processes)
 
 
 def train(config: VQTrainConfig, processes: Processes) -> None:
@@ -271,12 +270,12 @@ def train(config: VQTrainConfig, processes: Processes) -> None:
     training_set, evaluation_set = open_datasets(config)
     plan = plan_steps(config.batch, len(training_set), processes.world_size)
     training = set_up(config, processes)
-    record = RunRecord("tokenizer", model=to_dict(training.vq.config) | {"stage": config.stage}, defaults=to_dict(VQConfig()),
+    record = RunRecord("tokenizer", model=to_dict(training.model.config) | {"stage": config.stage}, defaults=to_dict(VQConfig()),
                        options=to_dict(config), fixed=FIXED_OPTIONS)
     run = Run(config.run, record, processes, plan.total_steps)
     first_step = run.resume(training)
     if first_step == 0 and config.codebook.codebook_init == "kmeans":
-        introduce_codebook(training.vq, training_set, config, processes)
+        introduce_codebook(training.model, training_set, config, processes)
     batches = GlobalBatches(len(training_set), plan, processes.rank, config.run.seed, first_step)
     loader = iter(train_loader(training_set, batches, config.images.num_workers))
     training.model.train()
