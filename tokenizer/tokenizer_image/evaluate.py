@@ -45,7 +45,10 @@ def reconstruct(tokenizer: VQModel, dataset: ImageDataset, rows: np.ndarray, str
 @torch.no_grad()
 def evaluate_tokenizer(tokenizer: VQModel, dataset: ImageDataset, streams: Streams, perceptual: nn.Module,
                        processes: Processes, batch_size: int, num_workers: int = 0) -> dict[str, float]:
-    """Figures over the whole set: psnr (dB) and lpips, means over images, their number, usage_* and perplexity_* by stream."""
+    """Figures of a tokenizer in evaluation mode over the whole set, all processes together.
+
+    Returns psnr (dB) and lpips, means over images; the number of images; usage_* and perplexity_* by stream.
+    """
     usage = CodeUsage(tokenizer.config.codebook_sizes, processes.device)
     sums = torch.zeros(3, device=processes.device)  # PSNR, LPIPS, images
     rows = np.arange(processes.rank, len(dataset), processes.world_size)
@@ -71,5 +74,4 @@ def reconstruction_grid(tokenizer: VQModel, dataset: ImageDataset, streams: Stre
     for kept in range(1, tokenizer.quantizer.streams(streams) + 1):
         shown.append(tokenizer.decode_codes(codes[:, :kept]))
         names.append(("semantic", "+ detail")[kept - 1] if len(tokenizer.config.codebook_sizes) > 1 else "decoded")
-    return image_grid(to_uint8(torch.cat(shown)).cpu().numpy(), len(images), rows=names,
-                      scale=max(1, 64 // images.shape[-1]))
+    return image_grid(to_uint8(torch.cat(shown)).cpu().numpy(), len(images), rows=names, scale=max(1, 64 // images.shape[-1]))

@@ -137,8 +137,7 @@ def draw(path: Path, vectors: np.ndarray, order: np.ndarray, pixels: int = 512) 
     figure = Figure(figsize=(16, 5), layout="constrained")
     axes = figure.subplots(1, len(panels))
     for axis, (title, (similarity, codes)) in zip(axes, panels.items()):
-        image = axis.imshow(similarity, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest",
-                            extent=(0, codes, codes, 0))
+        image = axis.imshow(similarity, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest", extent=(0, codes, codes, 0))
         axis.set_title(title)
     figure.colorbar(image, ax=axes, label="cosine similarity")
     figure.savefig(path, dpi=120)

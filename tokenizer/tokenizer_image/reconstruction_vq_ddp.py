@@ -65,19 +65,18 @@ def run_share(config: ReconstructionConfig, tokenizer: VQModel, dataset: ImageDa
     usage = CodeUsage(tokenizer.config.codebook_sizes, processes.device)
     sums = torch.zeros(4, dtype=torch.float64, device=processes.device)  # PSNR, SSIM, LPIPS, images
     share = np.array_split(np.arange(len(dataset)), processes.world_size)[processes.rank]
-    bar = progress(len(share), "reconstruct", "images", processes)
-    for rows, images, decoded, codes in reconstruct(tokenizer, dataset, share, config.streams, config.batch_size,
-                                                    config.images.num_workers, processes.device):
-        real, fake = to_uint8(images), to_uint8(decoded)
-        store.write(rows.numpy(), fake.cpu().numpy())
-        usage.add(codes)
-        sums[0] += psnr(real, fake).sum()
-        sums[1] += sum(structural_similarity(a, b, channel_axis=-1, data_range=255)
-                       for a, b in zip(real.cpu().numpy(), fake.cpu().numpy()))
-        sums[2] += perceptual(images, decoded.clamp(-1, 1)).sum()
-        sums[3] += len(rows)
-        bar.update(len(rows))
-    bar.close()
+    with progress(len(share), "reconstruct", "images", processes) as bar:
+        for rows, images, decoded, codes in reconstruct(tokenizer, dataset, share, config.streams, config.batch_size,
+                                                        config.images.num_workers, processes.device):
+            real, fake = to_uint8(images), to_uint8(decoded)
+            store.write(rows.numpy(), fake.cpu().numpy())
+            usage.add(codes)
+            sums[0] += psnr(real, fake).sum()
+            sums[1] += sum(structural_similarity(a, b, channel_axis=-1, data_range=255)
+                           for a, b in zip(real.cpu().numpy(), fake.cpu().numpy()))
+            sums[2] += perceptual(images, decoded.clamp(-1, 1)).sum()
+            sums[3] += len(rows)
+            bar.update(len(rows))
     store.mark_skipped(np.intersect1d(share, store.missing()))
     total = all_reduce_sum(sums, processes).tolist()
     figures = {name: value / total[3] for name, value in zip(("psnr", "ssim", "lpips"), total)} | {"images": int(total[3])}

@@ -155,18 +155,16 @@ class Encoder(nn.Module):
         last = len(widths) - 1
         self.stem = nn.PixelUnshuffle(config.stem) if config.stem > 1 else nn.Identity()
         self.conv_in = nn.Conv2d(3 * config.stem**2, config.channels, 3, padding=1)
-        self.stages = nn.ModuleList(
+        self.stages = nn.Sequential(*(
             Stage(config, ([config.channels] + widths)[i], width, config.residual_blocks, i == last,
-                  None if i == last else Downsample) for i, width in enumerate(widths))
+                  None if i == last else Downsample) for i, width in enumerate(widths)))
         self.mid = middle(config, widths[-1])
         self.norm_out = group_norm(widths[-1], config)
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> [B, latent_channels, h, w]."""
-        x = self.conv_in(self.stem(images))
-        for stage in self.stages:
-            x = stage(x)
+        x = self.stages(self.conv_in(self.stem(images)))
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
@@ -179,18 +177,16 @@ class Decoder(nn.Module):
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid = middle(config, widths[0])
-        self.stages = nn.ModuleList(
+        self.stages = nn.Sequential(*(
             Stage(config, ([widths[0]] + widths)[i], width, config.residual_blocks + 1, i == 0,
-                  None if i == last else Upsample) for i, width in enumerate(widths))
+                  None if i == last else Upsample) for i, width in enumerate(widths)))
         self.norm_out = group_norm(widths[-1], config)
         self.conv_out = nn.Conv2d(widths[-1], 3 * config.stem**2, 3, padding=1)
         self.stem = nn.PixelShuffle(config.stem) if config.stem > 1 else nn.Identity()
 
     def forward(self, latents: Tensor) -> Tensor:
         """[B, latent_channels, h, w] -> [B, 3, H, W], about [-1, 1], not clamped."""
-        x = self.mid(self.conv_in(latents))
-        for stage in self.stages:
-            x = stage(x)
+        x = self.stages(self.mid(self.conv_in(latents)))
         return self.stem(self.conv_out(F.silu(self.norm_out(x))))
 
 
