@@ -27,9 +27,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from utils.config import UserError, flatten
 from utils.distributed import Processes, full_tensor
-from utils.files import replacing, write_json
+from utils.files import replacing, require_same, write_json
 
 log = logging.getLogger("checkpoint")
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -81,25 +82,17 @@ def load_checkpoint(path: Path, state: dict[str, Any], record: RunRecord, proces
     Raises UserError, naming the first difference, when the checkpoint is of another model or of other fixed options.
     """
     saved = json.loads((path / "config.json").read_text())
-    require_equal(path, record.defaults | saved["model"], record.model)
     before, now = flatten(saved["options"]), flatten(record.options)
+    fixed = {name: now[name] for name in record.fixed}
     # An option that was added after the checkpoint was written cannot differ.
-    require_equal(path, {name: before.get(name, now[name]) for name in record.fixed},
-                  {name: now[name] for name in record.fixed})
+    require_same(record.defaults | saved["model"] | {name: before.get(name, now[name]) for name in fixed}, record.model | fixed,
+                 f"checkpoint {path} was made with", "choose another --run-dir or the options it was started with")
     for name in sorted(set(before) & set(now)):
         if before[name] != now[name]:
             log.warning("resuming with %s %s, which was %s before", name, now[name], before[name])
     with warnings.catch_warnings(action="ignore", category=UserWarning):
         dcp.load(state, checkpoint_id=path, no_dist=processes.world_size == 1)
     return state
-
-
-def require_equal(path: Path, seen: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raise UserError naming the first key in which a checkpoint differs from this run, with both values."""
-    for key in sorted(set(seen) | set(expected)):
-        if seen.get(key) != expected.get(key):
-            raise UserError(f"checkpoint {path} has {key} {seen.get(key)} but this run's options say {expected.get(key)}: "
-                            "choose another --run-dir or the options it was started with.")
 
 
 def export(path: Path, kind: str, tensors: dict[str, Tensor], config: dict, processes: Processes | None = None) -> None:

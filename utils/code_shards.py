@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from utils.config import UserError
-from utils.files import write_json
+from utils.files import require_same, write_json
 
 STREAMS = {1: ("token",), 2: ("semantic", "detail")}
 """Names of the code streams by their number, for logs and figures."""
@@ -41,11 +41,6 @@ class CodeHeader:
     complete: bool = False
 
 
-def code_type(codebook_sizes: list[int]) -> type[np.unsignedinteger]:
-    """The smallest type on disk that holds every code."""
-    return np.uint16 if max(codebook_sizes) <= 2**16 else np.uint32
-
-
 class CodeWriter:
     """Creates or continues a code folder; every process of a group opens its own writer on the same folder."""
 
@@ -64,13 +59,12 @@ class CodeWriter:
     def _claim(self, shape: tuple[int, ...], labels: np.ndarray) -> None:
         wanted = asdict(self.header)
         if (self.folder / "header.json").exists():
-            found = json.loads((self.folder / "header.json").read_text())
-            for key in wanted:
-                if key != "complete" and found.get(key) != wanted[key]:
-                    raise UserError(f"--code-path {self.folder} holds codes with {key} {found.get(key)} but this "
-                                    f"extraction has {wanted[key]}: choose another folder or delete this one.")
+            found = json.loads((self.folder / "header.json").read_text()) | {"complete": self.header.complete}
+            require_same(found, wanted, f"--code-path {self.folder} holds codes made with",
+                         "choose another folder or delete this one")
             return
-        np.lib.format.open_memmap(self.folder / "codes.npy", "w+", code_type(self.header.codebook_sizes), shape).flush()
+        dtype = np.uint16 if max(self.header.codebook_sizes) <= 2**16 else np.uint32
+        np.lib.format.open_memmap(self.folder / "codes.npy", "w+", dtype, shape).flush()
         np.lib.format.open_memmap(self.folder / "state.npy", "w+", np.uint8, shape[:1]).flush()
         np.save(self.folder / "labels.npy", labels.astype(np.int64))
         write_json(self.folder / "header.json", wanted)

@@ -134,14 +134,6 @@ def average_gradients(parameters: Sequence[Tensor], processes: Processes) -> Non
         gradient.copy_(averaged)
 
 
-def all_reduce_mean(value: Tensor, processes: Processes) -> Tensor:
-    """Mean of a tensor over all processes."""
-    if processes.world_size > 1:
-        dist.all_reduce(value)
-        value = value / processes.world_size
-    return value
-
-
 def all_reduce_sum(value: Tensor, processes: Processes) -> Tensor:
     """Sum of a tensor over all processes, in place."""
     if processes.world_size > 1:

@@ -35,6 +35,14 @@ def read_json(path: str | Path, option: str, what: str) -> Any:
         raise UserError(f"{option} {path} is no JSON ({error}): make {what} again.") from error
 
 
+def require_same(found: dict[str, Any], wanted: dict[str, Any], what: str, remedy: str) -> None:
+    """Raise UserError naming the first key in which what was found on disk differs from what is wanted, with both values."""
+    absent = object()
+    for key in [*wanted, *found]:
+        if found.get(key, absent) != wanted.get(key, absent):
+            raise UserError(f"{what} {key} {found.get(key)}, not with {wanted.get(key)} as now: {remedy}.")
+
+
 def check_writable(folder: Path, option: str) -> Path:
     """Create `folder` and check that a file can be written there; raises UserError naming `option` otherwise."""
     try:

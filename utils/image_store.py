@@ -21,7 +21,7 @@ import numpy as np
 
 from utils.config import UserError
 from utils.distributed import Processes
-from utils.files import check_writable, replacing, write_json
+from utils.files import check_writable, replacing, require_same, write_json
 from utils.npz import NPZ_ERRORS
 
 log = logging.getLogger("npz")
@@ -45,13 +45,11 @@ def already_finished(path: Path, shape: tuple[int, int, int, int], identity: dic
             found = json.loads(archive.comment or b"null")
     except NPZ_ERRORS:
         found = None
-    wanted = _full_identity(shape, identity)
     if not isinstance(found, dict):
         raise UserError(f"{option} {path} exists and does not say how it was made, so it cannot be taken for the "
                         f"result of this command: delete it or change {option}.")
-    if key := _first_difference(found, wanted):
-        raise UserError(f"{option} {path} exists and was made with {key} {found.get(key)!r}, not with "
-                        f"{wanted.get(key)!r} as now: delete it or change {option}.")
+    require_same(found, _full_identity(shape, identity), f"{option} {path} exists and was made with",
+                 f"delete it or change {option}")
     shutil.rmtree(path.with_suffix(".partial"), ignore_errors=True)  # left by a crash just after the renaming
     return True
 
@@ -59,12 +57,6 @@ def already_finished(path: Path, shape: tuple[int, int, int, int], identity: dic
 def _full_identity(shape: tuple[int, ...], identity: dict[str, Any]) -> dict[str, Any]:
     """The identity as JSON gives it back (tuples as lists, paths as strings), with the shape."""
     return json.loads(json.dumps({**identity, "shape": [int(n) for n in shape]}, default=str))
-
-
-def _first_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
-    absent = object()
-    keys = [*wanted, *(key for key in found if key not in wanted)]
-    return next((key for key in keys if found.get(key, absent) != wanted.get(key, absent)), None)
 
 
 class _RowFiles:
@@ -224,9 +216,7 @@ class ImageStore:
         if not isinstance(found, dict):
             raise UserError(f"{file} does not hold the options of an unfinished {self.option} {self.path}: "
                             f"delete {self.folder} or change {self.option}.")
-        if key := _first_difference(found, self.identity):
-            raise UserError(f"{self.folder} was begun with {key} {found.get(key)!r}, not with "
-                            f"{self.identity.get(key)!r} as now: delete it or change {self.option}.")
+        require_same(found, self.identity, f"{self.folder} was begun with", f"delete it or change {self.option}")
 
     def _warn_if_short_of_space(self) -> None:
         total, stored = int(np.prod(self.shape)), os.fstat(self._files.images.fileno()).st_blocks * 512

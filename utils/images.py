@@ -82,16 +82,12 @@ class FolderImages(ImageSource):
 
     def __init__(self, path: Path, option: str, files: list[str], labels: np.ndarray, class_names: list[str]) -> None:
         super().__init__(path, option, labels, class_names)
-        # One buffer instead of a million strings: forked workers would copy every page that holds a string they touch.
-        encoded = [os.fsencode(file) for file in files]
-        self._ends = np.cumsum([len(file) for file in encoded])  # [N]
-        self._text = np.frombuffer(b"".join(encoded), np.uint8)
+        # One array instead of a million strings: forked workers would copy every page that holds a string they touch.
+        self._files = np.array([os.fsencode(file) for file in files])  # [N] bytes
 
     def name(self, index: int) -> str:
         """Path of an image."""
-        row = self.rows[index]
-        begin = self._ends[row - 1] if row else 0
-        return str(self.path / os.fsdecode(self._text[begin:self._ends[row]].tobytes()))
+        return str(self.path / os.fsdecode(bytes(self._files[self.rows[index]])))
 
     def load(self, index: int) -> np.ndarray:
         """Decode one file: uint8 [H, W, 3]; raises UnreadableImage."""

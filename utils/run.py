@@ -23,7 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from utils.checkpoint import RunRecord, exported_step, latest_checkpoint, load_checkpoint, save_checkpoint
 from utils.config import Count, Device, Positive, Seed, UserError
-from utils.distributed import Processes, all_reduce_mean
+from utils.distributed import Processes, all_reduce_sum
 from utils.files import check_writable, replacing, write_json
 from utils.train_state import TrainState
 
@@ -92,9 +92,9 @@ class MeanMetrics:
         if not self.sums:
             return {}
         names = sorted(self.sums)
-        means = all_reduce_mean(torch.stack([self.sums[name].float() / self.counts[name] for name in names]), processes)
+        sums = all_reduce_sum(torch.stack([self.sums[name].float() / self.counts[name] for name in names]), processes)
         self.sums, self.counts = {}, {}
-        return dict(zip(names, means.tolist()))
+        return dict(zip(names, (sums / processes.world_size).tolist()))
 
 
 class Run:

@@ -60,9 +60,7 @@ class EvaluatorConfig:
 
 def resolve_purpose(purpose: Purpose, sample: EvaluationFile) -> str:
     """`generation` or `reconstruction`: as asked for, else as the sample file says, else generation."""
-    if purpose != "auto":
-        return purpose
-    return "reconstruction" if sample.kind == "reconstruction" else "generation"
+    return purpose if purpose != "auto" else "reconstruction" if sample.kind == "reconstruction" else "generation"
 
 
 def find_pitfalls(reference: EvaluationFile, sample: EvaluationFile, purpose: str) -> list[str]:
