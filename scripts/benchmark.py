@@ -33,6 +33,7 @@ from evaluations.c2i.metrics import feature_statistics, frechet_distance, incept
 from scripts import published_structure
 from utils.config import Count, Device, Positive, choices, parse, require_multiple, run_main
 from utils.distributed import setup
+from utils.optim import uses_bf16
 
 
 @dataclass
@@ -126,8 +127,7 @@ def benchmark_decode(config: BenchmarkConfig, gpt: GPT, device: torch.device, ra
         return seconds(lambda: decoder.run(gpt.class_token(rows), cells, sampler), device)
 
     with torch.inference_mode():
-        taken = in_turn({"ours": ours} | ({"published": published} if config.paradigm == "hierarchical" else {}),
-                        config.repeats)
+        taken = in_turn({"ours": ours} | ({"published": published} if config.paradigm == "hierarchical" else {}), config.repeats)
     a_cell = {name: value / cells for name, value in taken.items()}
     weights, size = multiplications(gpt), gpt.cls_embedding.weight.element_size()
     floor = max(2 * weights * 2 * batch / (rates["tflops"] * 1e12), weights * size / (rates["gigabytes_per_second"] * 1e9))
@@ -196,7 +196,7 @@ def main() -> None:
     require_multiple("--image-size", config.image_size, 16, "the tokenizers' downsampling")
     processes = setup(config.device)
     device = processes.device
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    bf16 = uses_bf16(config.precision, device)
     rates = machine_rates(device, torch.bfloat16 if bf16 else torch.float32)
     if config.task == "evaluate":
         figures: dict[str, Any] = benchmark_evaluate(config, device)

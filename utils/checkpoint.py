@@ -1,9 +1,8 @@
 """Checkpoints: sharded save and resume while training, one safetensors file for everything after.
 
-Training state goes through `torch.distributed.checkpoint`: every process writes its shards, and a run resumes on
-another number of processes.  A checkpoint is a folder `step-00001000` that was written under another name and renamed
-when whole, so a folder with that name is always complete.  What sampling and evaluation need is one safetensors file
-whose metadata carries the configuration: no shape flags are repeated.
+Training state goes through `torch.distributed.checkpoint`: every process writes its shards, and a run resumes on another number
+of processes.  A checkpoint is a folder `step-00001000`, renamed when it is whole.  Sampling and evaluation read one
+safetensors file, whose metadata carries the configuration: no shape flags are repeated.
 """
 
 import hashlib
@@ -142,9 +141,8 @@ def read_export(path: str | Path, kind: str, option: str, tensors: bool = True) 
 
 def exported_step(path: Path, kind: str) -> int:
     """After which training step a run folder's exported file was written; -1 where there is none."""
-    if not (path / f"{kind}.safetensors").exists():
-        return -1
-    return read_export(path, kind, "--run-dir", tensors=False)[0].get("step", -1)
+    exists = (path / f"{kind}.safetensors").exists()
+    return read_export(path, kind, "--run-dir", tensors=False)[0].get("step", -1) if exists else -1
 
 
 def read_checkpoint(path: Path, kind: str, option: str, tensors: bool) -> tuple[dict, dict[str, Tensor]]:

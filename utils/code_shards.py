@@ -1,9 +1,8 @@
 """Codes on disk: one memory-mapped array per data set instead of a file per image.
 
 A code folder holds `codes.npy` (uint16 [images, crops, C, N]; uint32 for codebooks of more than 65,536 codes), `labels.npy`
-(int64 [images]), `state.npy` (uint8 [images]: 0 missing, 1 done, 2 unreadable image) and `header.json`, which says what
-made them.  Rows are written in place by any number of processes; an interrupted extraction carries on with the missing
-rows.
+(int64 [images]), `state.npy` (uint8 [images]: 0 missing, 1 done, 2 unreadable image) and `header.json`, which says what made
+them.  Any number of processes write rows in place; an interrupted extraction carries on with the missing rows.
 """
 
 import json
@@ -120,8 +119,7 @@ class CodeDataset(Dataset[tuple[Tensor, Tensor]]):
     The crop of image i in epoch e comes from (seed, e, i) alone.
     """
 
-    def __init__(self, folder: str | Path, seed: int = 0,
-                 transform: Callable[[np.ndarray], np.ndarray] | None = None) -> None:
+    def __init__(self, folder: str | Path, seed: int = 0, transform: Callable[[np.ndarray], np.ndarray] | None = None) -> None:
         """transform: codes [B, C, N] -> the codes that the GPT sees [B, C', N], as `CodeMap.apply`."""
         folder = Path(folder)
         self.seed, self.transform = seed, transform

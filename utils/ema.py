@@ -17,7 +17,7 @@ class EMA:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.parameters = {name: p for name, p in model.named_parameters()}
+        self.parameters = dict(model.named_parameters())
         self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()

@@ -1,8 +1,7 @@
 """Images for a DataLoader: augmented for training, or cropped once in the order of their rows.
 
-An image that cannot be read never ends a run and is never passed over in silence: it is logged by name and counted.  An
-augmentation depends on (seed, epoch, index) alone, so a resumed run, or one with another number of workers or
-processes, sees the same pixels.
+An image that cannot be read does not end a run: it is logged by name and counted.  An augmentation depends on (seed, epoch,
+index) alone, so a resumed run, or one with another number of workers or processes, sees the same pixels.
 """
 
 import logging
@@ -127,10 +126,7 @@ def collate_crops(items: list[tuple[int, Tensor | None]]) -> tuple[np.ndarray, T
 
 def crop_loader(source: ImageSource, rows: np.ndarray, crop: Callable[[np.ndarray], np.ndarray], batch_size: int,
                 num_workers: int) -> DataLoader:
-    """Batches over the given rows, in order: (readable rows [n], their crops uint8 [n, ...] or None, unreadable rows).
-
-    Takes what CropDataset takes; batch_size: images.
-    """
+    """Batches over the given rows, in order: (readable rows [n], their crops uint8 [n, ...] or None, unreadable rows)."""
     workers = min(num_workers, -(-len(rows) // batch_size))
     return DataLoader(CropDataset(source, rows, crop), batch_size, num_workers=workers, collate_fn=collate_crops)
 

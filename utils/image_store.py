@@ -1,9 +1,8 @@
 """Images on their way into one npz, written by many processes without losing finished rows.
 
-An npz of 50,000 images at 256 px holds 10 GB.  `ImageStore` collects rows in a `.partial` folder beside the target, so
-that a crash costs only the batch in flight, and turns them into one npz at the end.  The finished file carries its
-identity (the options it was made with) in the zip comment, which np.load ignores, so that the same command run again
-knows that its work is done.
+An npz of 50,000 images at 256 px holds 10 GB.  `ImageStore` collects rows in a `.partial` folder beside the target, so that a
+crash costs only the batch in flight, and turns them into one npz at the end.  The finished file carries its identity (the
+options it was made with) in the zip comment, which np.load ignores: the same command knows that its work is done.
 """
 
 import errno
@@ -31,8 +30,7 @@ _CHUNK_BYTES = 16 << 20
 _COMMENT_BYTES = 65535  # the zip format's limit
 
 
-def already_finished(path: Path, shape: tuple[int, int, int, int], identity: dict[str, Any],
-                     option: str = "--out") -> bool:
+def already_finished(path: Path, shape: tuple[int, int, int, int], identity: dict[str, Any], option: str = "--out") -> bool:
     """Tell whether `path` is the finished npz of exactly these images.
 
     shape, identity: as given to ImageStore.  Returns False if there is no such file.  Raises UserError if there is a
@@ -130,8 +128,7 @@ class ImageStore:
     Raises UserError if `path` is no `.npz` name, its folder cannot be written, or the identity differs.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int, int, int], identity: dict[str, Any],
-                 option: str = "--out") -> None:
+    def __init__(self, path: Path, shape: tuple[int, int, int, int], identity: dict[str, Any], option: str = "--out") -> None:
         self.path, self.shape, self.option = Path(path), tuple(int(n) for n in shape), option
         if self.path.suffix != ".npz":
             raise UserError(f"{option} {str(path)!r} is not the name of an npz: give one that ends in .npz.")
@@ -139,7 +136,8 @@ class ImageStore:
             raise UserError(f"{option} {path} is a folder, not a file: give the name of an npz inside it.")
         self.folder = self.path.with_suffix(".partial")
         self.identity = _full_identity(shape, identity)
-        if len(self._comment()) > _COMMENT_BYTES:
+        self._comment = json.dumps(self.identity).encode()
+        if len(self._comment) > _COMMENT_BYTES:
             raise ValueError(f"identity exceeds {_COMMENT_BYTES} bytes of JSON")
         check_writable(self.path.parent, option)
         check_writable(self.folder, option)
@@ -197,7 +195,7 @@ class ImageStore:
         members = {key: _kept_part(key, np.asarray(value), kept) for key, value in arrays.items()}
         shape = (int(kept.sum()), *self.shape[1:])
         with self._full_disk_explained(), replacing(self.path) as aside:
-            _write_npz(aside, shape, self._files.chunks(kept), members, self._comment())
+            _write_npz(aside, shape, self._files.chunks(kept), members, self._comment)
         self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
         if self.folder.exists():
@@ -242,9 +240,6 @@ class ImageStore:
                 raise
             raise UserError(f"{self.option} {self.path} does not fit on its disk ({error.strerror}): free space and run "
                             "the same command again, which keeps the images that are done.") from error
-
-    def _comment(self) -> bytes:
-        return json.dumps(self.identity).encode()
 
 
 def _kept_part(key: str, value: np.ndarray, kept: np.ndarray) -> np.ndarray:

@@ -150,8 +150,7 @@ def _open_folder(path: Path, option: str) -> FolderImages:
         seen = f"{flat} images lie flat in it" if flat else "it holds other files" if entries else "it is empty"
         raise UserError(f"{option} {path} has no class sub-folders ({seen}): {_FOLDER_REMEDY}.")
     if flat:
-        log.warning("%s %s: %d images beside the class folders belong to no class and are left out",
-                    option, path, flat)
+        log.warning("%s %s: %d images beside the class folders belong to no class and are left out", option, path, flat)
     files: list[str] = []
     labels: list[int] = []
     for label, class_name in enumerate(class_names):
@@ -191,8 +190,7 @@ def _open_npz(path: Path, option: str) -> ArrayImages:
         _check_npz(f"{option} {path}", shape, dtype, labels_shape, labels_dtype)
         labels = np.array(open_array(path, "labels"))
     except NPZ_ERRORS as error:
-        raise UserError(f"{option} {path} is not a readable npz ({error}): {_FOLDER_REMEDY}, whole and not "
-                        "truncated.") from error
+        raise UserError(f"{option} {path} is not a readable npz ({error}): {_FOLDER_REMEDY}, whole and not truncated.") from error
     if labels.min() < 0:
         raise UserError(f"{option} {path} has the negative label {labels.min()} at row {labels.argmin()}: number the "
                         "classes from 0.")

@@ -60,9 +60,9 @@ def set_learning_rate(lr: float, *optimizers: torch.optim.Optimizer) -> None:
             group["lr"] = lr
 
 
-def uses_bf16(options: OptimOptions, device: torch.device) -> bool:
-    """Whether to compute in bf16."""
-    return options.mixed_precision == "bf16" or (options.mixed_precision == "auto" and device.type == "cuda")
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to compute in bf16; precision: bf16, auto (on GPUs only), or anything else for float32."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:

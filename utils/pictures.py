@@ -34,8 +34,7 @@ def image_grid(images: np.ndarray, columns: int, labels: Sequence[str] | None = 
     draw = ImageDraw.Draw(grid)
     for index, image in enumerate(images):
         x, y = left + index % columns * cell, top + index // columns * step
-        picture = Image.fromarray(np.ascontiguousarray(image)).resize((width * scale, height * scale),
-                                                                      Image.Resampling.NEAREST)
+        picture = Image.fromarray(np.ascontiguousarray(image)).resize((width * scale, height * scale), Image.Resampling.NEAREST)
         grid.paste(picture, (x, y))
         if labels:
             draw.text((x, y + height * scale), labels[index], "black", font)

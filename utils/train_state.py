@@ -26,8 +26,7 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """Nested dict for `utils.checkpoint`; shards stay with their process."""
-        state = {"model": get_model_state_dict(self.model),
-                 "optimizer": get_optimizer_state_dict(self.model, self.optimizer)}
+        state = {"model": get_model_state_dict(self.model), "optimizer": get_optimizer_state_dict(self.model, self.optimizer)}
         return state | ({"ema": self.ema.state_dict()} if self.ema else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

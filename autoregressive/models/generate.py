@@ -162,8 +162,7 @@ class Sampler:
         a = 0.0 if attention is None else attention[: len(conditional), None]      # [B, 1]
         start, end = self.ranges[stream]
         progress = self.guidance.progress(step, self.steps)
-        return guide(conditional, unconditional,
-                     self.guidance.scale(start, end, progress, a, self.options.cfg_attention_weight))
+        return guide(conditional, unconditional, self.guidance.scale(start, end, progress, a, self.options.cfg_attention_weight))
 
 
 @dataclass

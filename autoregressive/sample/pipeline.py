@@ -1,6 +1,5 @@
 """From class labels to images: the models a sampler needs, checked against each other and loaded once."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +16,7 @@ from tokenizer.tokenizer_image.vq_model import load_tokenizer
 from utils.checkpoint import fingerprint, read_export
 from utils.config import Count, Device, UserError, choices, flag
 from utils.crops import to_uint8
+from utils.optim import uses_bf16
 
 
 @dataclass
@@ -48,8 +48,7 @@ class Pipeline:
 
     def __init__(self, models: ModelOptions, sampling: SamplingOptions, fine: FineOptions, device: torch.device) -> None:
         """Raises UserError when the files do not fit each other or the sampling options fit no model."""
-        bf16 = models.precision == "bf16" or (models.precision == "auto" and device.type == "cuda")
-        dtype = torch.bfloat16 if bf16 else torch.float32
+        dtype = torch.bfloat16 if uses_bf16(models.precision, device) else torch.float32
         self.gpt = load_gpt(models.gpt_ckpt, device, dtype)
         self.fine = load_gpt(models.fine_ckpt, device, dtype, "--fine-ckpt") if models.fine_ckpt else None
         self.tokenizer = load_tokenizer(models.vq_ckpt, device).to(memory_format=torch.channels_last)
@@ -136,10 +135,3 @@ def check_sampling(sampling: SamplingOptions, gpt: GPT) -> None:
     except ValueError as error:
         name, rest = str(error).split(" ", 1)
         raise UserError(f"{flag(name)} {rest}") from error
-
-
-def check_classes(classes: Sequence[int], num_classes: int, option: str) -> None:
-    """Raise UserError naming the first class id outside [0, num_classes)."""
-    for value in classes:
-        if not 0 <= value < num_classes:
-            raise UserError(f"{option} {value} is out of range: the model knows classes 0 to {num_classes - 1}.")

@@ -35,7 +35,7 @@ def print_dry_run(config: TrainConfig, processes: Processes) -> None:
     # stay whole under FSDP.
     states = parameters * 4 * (4 + bool(config.optim.ema_decay)) / shards
     states += parameters * 4 * (shards > 1 and accumulation > 1)
-    width = 2 if uses_bf16(config.optim, processes.device) else 4
+    width = 2 if uses_bf16(config.optim.mixed_precision, processes.device) else 4
     activations = activation_bytes(gpt, micro, config.parallel.activation_checkpointing, width)
     for name, value in flatten(to_dict(config)).items():
         print(f"  {name:26} {value}")

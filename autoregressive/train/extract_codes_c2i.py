@@ -74,8 +74,7 @@ def make_header(config: ExtractConfig, source: ImageSource, tokenizer: VQModel) 
     """The header of the codes; raises UserError when the tokenizer does not fit the options."""
     size, crops = config.images.image_size, CROPS[config.augmentation][0]
     if tokenizer.provenance.stage == "semantic":
-        raise UserError(f"--vq-ckpt {config.vq_ckpt} is a stage 1 tokenizer, whose detail codebook is untrained: give "
-                        "stage 2's.")
+        raise UserError(f"--vq-ckpt {config.vq_ckpt} is a stage 1 tokenizer, whose detail codebook is untrained: give stage 2's.")
     require_multiple("--image-size", size, tokenizer.config.downsampling, "the tokenizer's downsampling")
     augmentation = f"ten-crop {config.crop_range}" if config.augmentation == "ten-crop" else config.augmentation
     return CodeHeader(tokenizer.provenance.fingerprint, list(tokenizer.config.codebook_sizes),

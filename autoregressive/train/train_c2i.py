@@ -60,7 +60,7 @@ def set_up(config: TrainConfig, model_config: GPTConfig, processes: Processes) -
     if config.parallel.compile:
         for block in gpt.blocks:
             block.compile()
-    bf16 = uses_bf16(config.optim, processes.device)
+    bf16 = uses_bf16(config.optim.mixed_precision, processes.device)
     model = parallelize(gpt, gpt.blocks, config.parallel.data_parallel, processes, bf16, config.parallel.shard_size)
     optimizer = make_optimizer(model, config.optim, fused=processes.device.type == "cuda")
     ema = EMA(gpt, config.optim.ema_decay) if config.optim.ema_decay else None
@@ -69,7 +69,7 @@ def set_up(config: TrainConfig, model_config: GPTConfig, processes: Processes) -
 
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
     """bf16 where asked for; sharded models cast their parameters themselves."""
-    enabled = uses_bf16(config.optim, device) and not config.parallel.sharded
+    enabled = uses_bf16(config.optim.mixed_precision, device) and not config.parallel.sharded
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 

@@ -39,8 +39,7 @@ class EvaluationFile:
             self.kind = str(open_array(path, "kind")) if "kind" in self.keys else None
             self._check_statistics()
         except NPZ_ERRORS as error:
-            raise UserError(f"{self.where} cannot be read ({error}): it may be damaged or incomplete, make it again."
-                            ) from error
+            raise UserError(f"{self.where} cannot be read ({error}): it may be damaged or incomplete, make it again.") from error
         if "arr_0" in self.keys:
             self._check_images()
         elif name != "REF" or not self.has_statistics:
@@ -84,8 +83,7 @@ class EvaluationFile:
                     self._check_range(batch, first=start == 0)
                     yield batch
         except NPZ_ERRORS as error:
-            raise UserError(f"{self.where} cannot be read to its end ({error}): it is damaged, make it again."
-                            ) from error
+            raise UserError(f"{self.where} cannot be read to its end ({error}): it is damaged, make it again.") from error
 
     @cached_property
     def digest(self) -> str:
@@ -125,5 +123,4 @@ class EvaluationFile:
                 raise UserError(f"{self.where} has {key} of type {dtype} and shape {shape}, not float "
                                 f"{STATISTICS[key]}: take statistics of ADM's Inception features.")
             if not np.isfinite(open_array(self.path, key)).all():
-                raise UserError(f"{self.where} has {key} with infinite or missing values: compute the statistics "
-                                "again.")
+                raise UserError(f"{self.where} has {key} with infinite or missing values: compute the statistics again.")

@@ -30,8 +30,7 @@ log = logging.getLogger("evaluator")
 
 FULL_COUNT = 50_000  # images that published numbers are computed from
 VIRTUAL_COUNT = 10_000  # images in ADM's VIRTUAL_imagenet batches, beside statistics of the whole training set
-METRICS = {"fid": "FID", "sfid": "sFID", "inception_score": "Inception score", "precision": "Precision",
-           "recall": "Recall"}
+METRICS = {"fid": "FID", "sfid": "sFID", "inception_score": "Inception score", "precision": "Precision", "recall": "Recall"}
 
 Purpose = Literal["auto", "generation", "reconstruction"]
 
@@ -75,8 +74,7 @@ def find_pitfalls(reference: EvaluationFile, sample: EvaluationFile, purpose: st
         found.append(f"{reference.where} has {reference.count} images and no stored statistics: too few for a "
                      "covariance that others would find too.")
     if "arr_1" in sample.keys and sample.labels() is None:
-        found.append(f"{sample.where} has arr_1 that is not one integer label an image: the balance of classes is not "
-                     "checked.")
+        found.append(f"{sample.where} has arr_1 that is not one integer label an image: the balance of classes is not checked.")
     if purpose == "generation" and (labels := sample.labels()) is not None:
         _, counts = np.unique(labels, return_counts=True)
         if counts.min() != counts.max():
@@ -89,8 +87,7 @@ def find_pitfalls(reference: EvaluationFile, sample: EvaluationFile, purpose: st
         found.append(f"images of {reference.where} are {reference.shape[2]}x{reference.shape[1]} pixels and those of "
                      f"{sample.where} {sample.shape[2]}x{sample.shape[1]}: compare images of one size.")
     if reference.kind in ("samples", "reconstruction"):
-        found.append(f"{reference.where} says that it holds {reference.kind}, not real images: REF comes first, SAMPLE "
-                     "second.")
+        found.append(f"{reference.where} says that it holds {reference.kind}, not real images: REF comes first, SAMPLE second.")
     if purpose == "reconstruction" and reference.has_statistics and reference.count == VIRTUAL_COUNT:
         found.append(f"{reference.where} looks like ADM's VIRTUAL_imagenet batch (training-set statistics and "
                      f"{VIRTUAL_COUNT} images): reconstruction FID is measured against the validation images, make "

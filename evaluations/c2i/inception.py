@@ -118,8 +118,7 @@ def load_inception(path: Path, device: torch.device) -> tuple[Inception, str]:
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen types for files it cannot read
-        raise UserError(f"--inception-weights {path} is not a readable torch file ({type(error).__name__}): {remedy}"
-                        ) from error
+        raise UserError(f"--inception-weights {path} is not a readable torch file ({type(error).__name__}): {remedy}") from error
     network = Inception()
     try:
         network.load_state_dict(weights)

@@ -173,8 +173,7 @@ def _as_features(features: Array, device: torch.device | str | None) -> Tensor:
     return torch.as_tensor(features).to(device=device, dtype=torch.float32)
 
 
-def nearest_radii(features: Array, k: int = NEAREST_K, device: torch.device | str | None = None,
-                  tile: int = TILE) -> Tensor:
+def nearest_radii(features: Array, k: int = NEAREST_K, device: torch.device | str | None = None, tile: int = TILE) -> Tensor:
     """Squared distance of every feature row to its k-th nearest other row.
 
     features: [N, D], N > k; returns float32 [N] on `device`.  The row itself counts as the nearest, as in ADM, also

@@ -114,8 +114,7 @@ def cluster_tree(centres: np.ndarray) -> np.ndarray:
     return np.stack(groups)
 
 
-def search_prices(cost: np.ndarray, prices: np.ndarray, capacity: int,
-                  groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def search_prices(cost: np.ndarray, prices: np.ndarray, capacity: int, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Prices of clusters at which vectors that choose the least cost + price fill them almost equally.
 
     cost: [K, C] int32; prices: [C] int32, the start; groups: [G, C] of `cluster_tree`.  Returns the best prices found [C]

@@ -87,7 +87,6 @@ def _load_backbone(backbone: nn.Module, path: Path) -> None:
     for name, parameter in backbone.state_dict().items():
         source = "features." + name.split(".", 1)[1]
         if source not in state or state[source].shape != parameter.shape:
-            raise UserError(f"--perceptual-file {path} has no fitting {source}: give the backbone that "
-                            "--perceptual-net names.")
+            raise UserError(f"--perceptual-file {path} has no fitting {source}: give the backbone that --perceptual-net names.")
         renamed[name] = state[source]
     backbone.load_state_dict(renamed)

@@ -44,8 +44,7 @@ class VectorQuantizer(nn.Module):
     def __init__(self, codebook_sizes: tuple[int, ...], code_dim: int, beta: float) -> None:
         super().__init__()
         self.beta = beta
-        self.codebooks = nn.ParameterList(torch.empty(size, code_dim).uniform_(-1 / size, 1 / size)
-                                          for size in codebook_sizes)
+        self.codebooks = nn.ParameterList(torch.empty(size, code_dim).uniform_(-1 / size, 1 / size) for size in codebook_sizes)
         # A uniform start on the sphere: every code is a direction, none is nearer to the centre.
         self.codebooks[0].data = F.normalize(torch.randn(codebook_sizes[0], code_dim), dim=-1)
 
@@ -128,8 +127,7 @@ class ProductQuantizer(VectorQuantizer):
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Codes [B, C', h, w] of the first C' streams -> latents [B, d, h, w], zero where a stream is left out."""
-        return self._join([F.embedding(stream, self.table(index)).movedim(-1, 1)
-                           for index, stream in enumerate(codes.unbind(1))])
+        return self._join([F.embedding(stream, self.table(index)).movedim(-1, 1) for index, stream in enumerate(codes.unbind(1))])
 
     def _join(self, parts: list[Tensor]) -> Tensor:
         joined = torch.cat(parts, dim=1)

@@ -169,8 +169,7 @@ def check(config: RearrangeConfig, description: dict[str, Any]) -> None:
                         "use --method balanced or leave it out.")
     file = config.vq_ckpt / "tokenizer.safetensors" if config.vq_ckpt.is_dir() else config.vq_ckpt
     if file.resolve() == (config.out / "tokenizer.safetensors").resolve():
-        raise UserError(f"--out {config.out} holds the tokenizer of --vq-ckpt, which would be overwritten: give "
-                        "another folder.")
+        raise UserError(f"--out {config.out} holds the tokenizer of --vq-ckpt, which would be overwritten: give another folder.")
 
 
 def main() -> None:

@@ -108,5 +108,4 @@ class TokenizerLoss:
         """Loss of the discriminator on real and reconstructed images, and both mean logits."""
         real, fake = self.discriminator(images), self.discriminator(reconstructions.detach())
         loss = ADVERSARIAL[self.adversarial][0](real, fake)
-        return loss, {"discriminator": loss.detach(), "logits_real": real.mean().detach(),
-                      "logits_fake": fake.mean().detach()}
+        return loss, {"discriminator": loss.detach(), "logits_real": real.mean().detach(), "logits_fake": fake.mean().detach()}

@@ -199,7 +199,7 @@ def train_step(training: TokenizerState, loader: Iterator[tuple[Tensor, Tensor, 
     """One step of generator and, from --disc-start on, discriminator."""
     loss, device = training.loss, run.processes.device
     discriminating = config.loss.disc_weight > 0 and step >= config.loss.disc_start
-    bf16 = uses_bf16(config.optim, device)
+    bf16 = uses_bf16(config.optim.mixed_precision, device)
     for _ in range(plan.accumulation):
         images = next(loader)[0].to(device, non_blocking=True, memory_format=torch.channels_last)
         loss.discriminator.requires_grad_(False)
