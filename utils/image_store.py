@@ -119,11 +119,10 @@ def _pwrite(file: BinaryIO, values: np.ndarray, offset: int) -> None:
 class ImageStore:
     """Rows of uint8 images on their way into one npz, written by any number of processes in any order.
 
-    path: the npz to make; shape: (N, H, W, 3); identity: the options that decide what the rows hold, values that JSON
-    can express; option: the flag that named `path`.  Opens what an earlier run with the same identity left in
-    `path` with suffix `.partial`, or creates it; processes may open it at the same time.  Rows of different processes
-    must differ.  Data is not synchronised to the disk before `finish`: it outlives a crash of the process, not of the
-    machine.
+    path: the npz to make; shape: (N, H, W, 3); identity: the options that decide what the rows hold, values that JSON can
+    express; option: the flag that named `path`.  Opens what an earlier run with the same identity left in `path` with suffix
+    `.partial`, or creates it; processes may open it at the same time.  Rows of different processes must differ.  Data is not
+    synchronised to the disk before `finish`: it outlives a crash of the process, not of the machine.
 
     Raises UserError if `path` is no `.npz` name, its folder cannot be written, or the identity differs.
     """

@@ -1,9 +1,8 @@
 """CTF's second stage: all fine labels of a grid in one step, given its coarse labels and class (arXiv 2503.16194).
 
-The model is `paradigms.FineLabels` on the trunk of `gpt.py` with full attention.  The paper leaves some choices open.  Here
-a fine label is an index into the whole codebook, not into the cluster.  Candidates are all codes, as in the published
-recipe; `fine_candidates="cluster"` keeps to the members of the coarse cluster.  The step is guided only if
-`fine_cfg_scale` is not 1.
+The model is `paradigms.FineLabels` on the trunk of `gpt.py` with full attention.  The paper leaves some choices open.  Here a
+fine label is an index into the whole codebook, not into the cluster.  Candidates are all codes, as in the published recipe;
+`fine_candidates="cluster"` keeps to the members of the coarse cluster.  The step is guided only if `fine_cfg_scale` is not 1.
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,8 @@
 """The Inception network that FID is defined with: the one of 2015-12-05, as ADM's evaluator uses it.
 
-Blocks, TensorFlow 1 resize and converted weights come from the package torch-fidelity; this module wires the blocks so
-that the spatial features, which torch-fidelity's own extractor does not give, come out of the same pass, and loads the
-weights without unpickling objects.  Source of the features: ADM (arXiv 2105.05233); spatial ones (sFID): Nash et al.
-2021 (arXiv 2103.03841).
+Blocks, TensorFlow 1 resize and converted weights come from the package torch-fidelity; this module wires the blocks so that the
+spatial features, which torch-fidelity's own extractor does not give, come out of the same pass, and loads the weights without
+unpickling objects.  Source of the features: ADM (arXiv 2105.05233); spatial ones (sFID): Nash et al. 2021 (arXiv 2103.03841).
 """
 
 import hashlib
