@@ -1,6 +1,7 @@
 """Option values that make no sense: one sentence that names option, value and range, before anything else happens."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from typing import get_args, get_type_hints
@@ -9,7 +10,7 @@ import pytest
 
 from autoregressive.sample import sample_c2i, sample_c2i_ddp
 from autoregressive.train import train_c2i
-from tests.conftest import REPOSITORY, command
+from tests.conftest import REPOSITORY, call, command
 from tests.test_bad_input import refused, sample, vq
 from tests.test_repository import option_classes
 from tokenizer.tokenizer_image import vq_train
@@ -110,6 +111,16 @@ def test_every_declared_range_is_checked_and_shown():
 def setattr_always(options: object, name: str, value: object) -> None:
     """Set a field, of a frozen dataclass too."""
     object.__setattr__(options, name, value)
+
+
+def test_help_shows_the_defaults_of_the_recipe(capsys):
+    """A default that the named size does not have misleads whoever plans a training."""
+    for sampler, words in ((train_c2i, ["--gpt-model", "GPT-XXL", "--image-size", "384"]), (sample_c2i, [])):
+        with pytest.raises(SystemExit):
+            call(sampler.main, *words, "--help")
+    shown = " ".join(re.sub("[│─]", " ", capsys.readouterr().out).split())
+    assert "(default: 512)" in shown and "(default: runs/GPT-XXL-384)" in shown
+    assert "--gpt-ckpt PATH" in shown and "(required)" in shown
 
 
 def test_help_can_be_cut_short():

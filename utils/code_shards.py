@@ -19,8 +19,8 @@ from torch.utils.data import Dataset
 from utils.config import UserError
 from utils.files import require_same, write_json
 
+# Names of the code streams by their number, for logs and figures.
 STREAMS = {1: ("token",), 2: ("semantic", "detail")}
-"""Names of the code streams by their number, for logs and figures."""
 MISSING, DONE, UNREADABLE = 0, 1, 2
 
 

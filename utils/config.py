@@ -12,6 +12,8 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import tyro
@@ -69,7 +71,7 @@ NonNegative = Annotated[float, interval(float, 0)]
 AboveZero = Annotated[float, interval(float, 0, open_low=True)]
 Probability = Annotated[float, interval(float, 0, 1)]
 Fraction = Annotated[float, interval(float, 0, 1, open_high=True)]
-Seed = Annotated[int, interval(int, 0, 2**63 - 1)]
+Seed = Annotated[int, interval(int, 0, 2**32 - 1)]
 Device = Annotated[str, choices(("auto", "cuda", "cpu"))]
 Precision = Annotated[str, choices(("auto", "bf16", "none"))]
 
@@ -86,15 +88,20 @@ def parse(config: type[T], recipe: Callable[[T], dict[str, Any]] | None = None, 
     replaces defaults but not typed flags.  Returns an instance; exits with code 2 on an unknown or malformed flag.
     Raises UserError for a value that makes no sense.
     """
-    description = (sys.modules[config.__module__].__doc__ or "").strip().split("\n\n")[0]
+    words, defaults = sys.argv[1:] if args is None else args, _blank(config)
+    description = f"{sys.modules['__main__'].__doc__ or ''}\n\n{config.__doc__}".strip()
 
-    def read(default: Any) -> T:
-        options = tyro.cli(config, args=args, config=(tyro.conf.OmitArgPrefixes,), description=description, default=default)
+    def read(words: list[str], default: T) -> T:
+        options = tyro.cli(config, args=words, config=(tyro.conf.OmitArgPrefixes,), description=description, default=default)
         check_options(options)
         return options
 
-    options = read(_blank(config))
-    return options if recipe is None else read(override(_blank(config), recipe(options)))
+    if recipe is not None and {"-h", "--help"} & set(words):  # show the defaults that the other words select
+        with suppress(UserError):
+            others = [word for word in words if word not in ("-h", "--help")]
+            defaults = override(defaults, recipe(read(others, _blank(config, missing=Path()))))
+    options = read(words, defaults)
+    return options if recipe is None else read(words, override(defaults, recipe(options)))
 
 
 def check_options(options: Any) -> None:
@@ -121,13 +128,13 @@ def declared_values(hint: Any) -> Values | None:
     return next((values for values in found if values), None)
 
 
-def _blank(config: type[T]) -> T:
-    """The defaults of a dataclass, with tyro's MISSING where a field has none."""
+def _blank(config: type[T], missing: Any = tyro.MISSING) -> T:
+    """The defaults of a dataclass, with `missing` where a field has none."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             nested = isinstance(field.type, type) and dataclasses.is_dataclass(field.type)
-            values[field.name] = _blank(field.type) if nested else tyro.MISSING  # type: ignore[arg-type]
+            values[field.name] = _blank(field.type, missing) if nested else missing  # type: ignore[arg-type]
     return config(**values)
 
 

@@ -29,7 +29,7 @@ class OptimOptions:
     beta2: Fraction = 0.95
     """Adam's decay of the mean squared gradient."""
     weight_decay: NonNegative = 0.0
-    """Decay of matrices and embeddings, not of norms and biases."""
+    """Weight decay; in a GPT of matrices and embeddings alone."""
     max_grad_norm: NonNegative = 1.0
     """Clip the gradient norm to this; 0: do not clip."""
     ema_decay: Fraction = 0.0

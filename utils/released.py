@@ -30,8 +30,8 @@ CONTAINERS = ("ema", "model", "module", "state_dict")  # averaged weights first,
 WRAPPERS = ("module.", "_orig_mod.")                   # of DistributedDataParallel and torch.compile
 USAGE_LENGTH = 65_536  # of the usage buffers, which hold the codes of recent batches and no weights
 
+# (published key, our key); each {} stands for one number, the same on both sides.
 Table = list[tuple[str, str]]
-"""(published key, our key); each {} stands for one number, the same on both sides."""
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# (q [B, H, T, E], k [B, H, S, E], v [B, H, S, E]) -> [B, H, T, E].
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(q [B, H, T, E], k [B, H, S, E], v [B, H, S, E]) -> [B, H, T, E]."""
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:

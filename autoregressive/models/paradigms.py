@@ -25,8 +25,8 @@ from autoregressive.models.attention import Attend, causal_attention, full_atten
 from autoregressive.models.local_head import HeadState, LocalContextHead, mlp
 from autoregressive.models.transformer import GPTConfig, RunBlock
 
+# (logits [B, K_c], stream, cell) -> codes [B].
 Pick = Callable[[Tensor, int, int], Tensor]
-"""(logits [B, K_c], stream, cell) -> codes [B]."""
 
 
 @dataclass

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from autoregressive.models.attention import Attend, LayerCache, causal_attention, rotate
 
+# (layer, arguments of its forward ...) -> its output, with activation checkpointing where wanted.
 RunBlock = Callable[..., Tensor]
-"""(layer, arguments of its forward ...) -> its output, with activation checkpointing where wanted."""
 
 
 @dataclass

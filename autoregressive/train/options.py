@@ -100,9 +100,9 @@ class TrainConfig:
     """Print the resolved options, parameters and estimated memory, and exit."""
 
 
+# Options that must not change on resume.
 FIXED_OPTIONS = ("seed", "global_batch_size", "ema_decay", "lr_schedule", "weight_decay", "semantic_weight", "cluster_weight",
                  "cluster_size")
-"""Options that must not change on resume."""
 
 
 @dataclass(frozen=True)

@@ -36,16 +36,15 @@ def plain_kmeans(vectors: np.ndarray, clusters: int, seed: int = 0) -> tuple[np.
         raise UserError(f"--clusters {clusters} is not between 1 and {len(vectors)}, the number of codes: change it.")
     if clusters == len(vectors):
         return np.arange(clusters), 0
-    # scikit-learn takes seeds of 32 bits.
     with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):  # duplicates leave clusters empty
-        kmeans = KMeans(clusters, n_init=3, random_state=seed % 2**32).fit(vectors)
+        kmeans = KMeans(clusters, n_init=3, random_state=seed).fit(vectors)
     return kmeans.labels_.astype(np.int64), int(kmeans.n_iter_)
 
 
 def minibatch_kmeans(vectors: np.ndarray, clusters: int, seed: int) -> np.ndarray:
     """Centres [C, d] of vectors [M, d], from random batches of them."""
     # k-means++ picks vectors far from each other: random ones would often be of the same background patch.
-    kmeans = MiniBatchKMeans(clusters, batch_size=4096, n_init=1, max_iter=20, random_state=seed % 2**32)
+    kmeans = MiniBatchKMeans(clusters, batch_size=4096, n_init=1, max_iter=20, random_state=seed)
     return kmeans.fit(vectors).cluster_centers_
 
 

@@ -109,9 +109,9 @@ class VQTrainConfig:
     """Tokenizer whose weights start this run; stage 2 needs stage 1's result."""
 
 
+# Options that must not change on resume.
 FIXED_OPTIONS = ("seed", "global_batch_size", "ema_decay", "recipe", "lr_schedule", "weight_decay", "pixel_weight",
                  "perceptual_weight", "disc_weight")
-"""Options that must not change on resume."""
 
 
 def recipe(config: VQTrainConfig) -> dict[str, Any]:
