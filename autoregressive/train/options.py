@@ -119,7 +119,7 @@ class Recipe:
 
 # By number of codebooks, size and side of the grid.  AdamW (0.9, 0.95), weight decay 0.05, clipping at 1.0 for all.
 RECIPES: dict[tuple[int, str, int], Recipe] = {
-    # IAR2: table 11.  Deviation: XXL at 16x16 is sharded, since it does not fit 40 GB otherwise.
+    # IAR2: table 11.  Deviation: XXL at 16x16 is sharded; otherwise weights, gradients and moments take 23 GiB of each device.
     (2, "GPT-B", 16): Recipe(semantic_weight=2.0, data_parallel="fsdp"),
     (2, "GPT-L", 16): Recipe(data_parallel="fsdp"),
     (2, "GPT-XL", 16): Recipe(lr=1.5e-4, lr_end=5e-5, epochs=50),
