@@ -458,8 +458,7 @@ def test_grid_captions_stand_beside_the_images() -> None:
     """Input and reconstruction are told apart by captions, which must not cover pixels."""
     pixels = np.full((4, 16, 16, 3), 255, np.uint8)
     plain = image_grid(pixels, 2)
-    grid = image_grid(pixels, 2, labels=["cat", "dog", "owl", "a caption much too long for an image this small"],
-                      rows=["input", "output"], titles=["one", "two"])
+    grid = image_grid(pixels, 2, rows=["input", "output"], titles=["one", "a caption much too long for an image this small"])
     assert grid.width > plain.width and grid.height > plain.height and grid.width < 400
     assert (np.array(grid) < 128).any()  # something was written
     rows_only = np.array(image_grid(pixels, 2, rows=["input", "output"]))
@@ -467,8 +466,7 @@ def test_grid_captions_stand_beside_the_images() -> None:
     assert (rows_only[:, -36:] == 255).all()  # the images themselves are untouched
 
 
-@pytest.mark.parametrize("options", [{"columns": 0}, {"columns": 2, "labels": ["x"]}, {"columns": 2, "rows": ["x"]},
-                                     {"columns": 2, "titles": ["x"]}])
+@pytest.mark.parametrize("options", [{"columns": 0}, {"columns": 2, "rows": ["x"]}, {"columns": 2, "titles": ["x"]}])
 def test_grid_refuses_captions_that_do_not_fit(options: dict[str, Any]) -> None:
     """A missing caption would label the wrong image."""
     with pytest.raises(ValueError, match="do not fit"):

@@ -179,23 +179,23 @@ def test_another_identity_is_refused(tmp_path: Path, identity: dict[str, object]
     """Rows of two settings in one file would give a number that belongs to neither."""
     filled(tmp_path / "out.npz").close()
     with pytest.raises(UserError) as error:
-        ImageStore(tmp_path / "out.npz", shape, identity, "--samples")
-    assert str(error.value) == f"{tmp_path / 'out.partial'} {sentence}: delete it or change --samples."
+        ImageStore(tmp_path / "out.npz", shape, identity)
+    assert str(error.value) == f"{tmp_path / 'out.partial'} {sentence}: delete it or change --out."
 
 
 def test_a_damaged_identity_is_refused(tmp_path: Path) -> None:
     """A folder of that name which holds something else must not be written into."""
     filled(tmp_path / "out.npz").close()
     (tmp_path / "out.partial" / "identity.json").write_text("[")
-    with pytest.raises(UserError, match="does not hold the options of an unfinished --out .*: delete .*out.partial or"):
+    with pytest.raises(UserError, match="out.partial does not say with which options it was begun: delete it or change --out"):
         ImageStore(tmp_path / "out.npz", SHAPE, IDENTITY)
 
 
 def test_a_target_that_cannot_be_written_is_told_first(tmp_path: Path) -> None:
     """Not after an hour of sampling."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--samples .*file cannot be written \(.*\): give a folder you may write to"):
-        ImageStore(tmp_path / "file" / "out.npz", SHAPE, IDENTITY, "--samples")
+    with pytest.raises(UserError, match=r"--out .*file cannot be written \(.*\): give a folder you may write to"):
+        ImageStore(tmp_path / "file" / "out.npz", SHAPE, IDENTITY)
     with pytest.raises(UserError, match="--out '.*out.png' is not the name of an npz: give one that ends in .npz."):
         ImageStore(tmp_path / "out.png", SHAPE, IDENTITY)
     (tmp_path / "dir.npz").mkdir()
@@ -290,7 +290,7 @@ def test_a_finished_file_knows_its_options(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="exists and was made with seed 0, not with 1 as now: delete it or change --o"):
         already_finished(path, SHAPE, {**IDENTITY, "seed": 1})
     np.savez(path, arr_0=pixels())
-    with pytest.raises(UserError, match="exists and does not say how it was made"):
+    with pytest.raises(UserError, match="exists and does not say with which options it was made"):
         already_finished(path, SHAPE, IDENTITY)
 
 

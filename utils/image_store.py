@@ -1,8 +1,8 @@
 """Images on their way into one npz, written by many processes without losing finished rows.
 
-An npz of 50,000 images at 256 px holds 10 GB.  `ImageStore` collects rows in a `.partial` folder beside the target, so that a
-crash costs only the batch in flight, and turns them into one npz at the end.  The finished file carries its identity (the
-options it was made with) in the zip comment, which np.load ignores: the same command knows that its work is done.
+An npz of 50,000 images at 256 px holds 10 GB.  `ImageStore` collects rows in a `.partial` folder beside the target and turns
+them into one npz at the end: a crash costs only the batch in flight.  The finished file carries its identity (the options it
+was made with) in the zip comment, which np.load ignores: the same command knows that its work is done.
 """
 
 import errno
@@ -30,24 +30,19 @@ _CHUNK_BYTES = 16 << 20
 _COMMENT_BYTES = 65535  # the zip format's limit
 
 
-def already_finished(path: Path, shape: tuple[int, int, int, int], identity: dict[str, Any], option: str = "--out") -> bool:
-    """Tell whether `path` is the finished npz of exactly these images.
+def already_finished(path: Path, shape: tuple[int, int, int, int], identity: dict[str, Any]) -> bool:
+    """Tell whether `path` is the finished npz of exactly these images; False if there is no such file.
 
-    shape, identity: as given to ImageStore.  Returns False if there is no such file.  Raises UserError if there is a
-    file made with other options, which nothing should overwrite unasked.
+    shape, identity: as given to ImageStore.  Raises UserError for a file made with other options: nothing may overwrite it.
     """
     if not path.exists():
         return False
     try:
         with zipfile.ZipFile(path) as archive:
-            found = json.loads(archive.comment or b"null")
+            comment = archive.comment
     except NPZ_ERRORS:
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"{option} {path} exists and does not say how it was made, so it cannot be taken for the "
-                        f"result of this command: delete it or change {option}.")
-    require_same(found, _full_identity(shape, identity), f"{option} {path} exists and was made with",
-                 f"delete it or change {option}")
+        comment = b""
+    _require_identity(comment, _full_identity(shape, identity), f"--out {path} exists and", "was made")
     shutil.rmtree(path.with_suffix(".partial"), ignore_errors=True)  # left by a crash just after the renaming
     return True
 
@@ -55,6 +50,17 @@ def already_finished(path: Path, shape: tuple[int, int, int, int], identity: dic
 def _full_identity(shape: tuple[int, ...], identity: dict[str, Any]) -> dict[str, Any]:
     """The identity as JSON gives it back (tuples as lists, paths as strings), with the shape."""
     return json.loads(json.dumps({**identity, "shape": [int(n) for n in shape]}, default=str))
+
+
+def _require_identity(text: bytes, wanted: dict[str, Any], what: str, made: str) -> None:
+    """Raise UserError unless `text` is the JSON of the wanted identity."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{what} does not say with which options it {made}: delete it or change --out.")
+    require_same(found, wanted, f"{what} {made} with", "delete it or change --out")
 
 
 class _RowFiles:
@@ -74,7 +80,7 @@ class _RowFiles:
         """Write the images [n, ...] of rows [n] and mark them as written."""
         for start, stop in _runs(rows):
             _pwrite(self.images, images[start:stop], int(rows[start]) * self.row_bytes)
-            # after the images: a row marked as done must be there whatever happens between the two writes
+            # After the images: a row that is marked must be there, also after a crash between the two writes.
             self.mark(rows[start:stop], _WRITTEN)
 
     def mark(self, rows: np.ndarray, state: int) -> None:
@@ -119,28 +125,31 @@ def _pwrite(file: BinaryIO, values: np.ndarray, offset: int) -> None:
 class ImageStore:
     """Rows of uint8 images on their way into one npz, written by any number of processes in any order.
 
-    path: the npz to make; shape: (N, H, W, 3); identity: the options that decide what the rows hold, values that JSON can
-    express; option: the flag that named `path`.  Opens what an earlier run with the same identity left in `path` with suffix
-    `.partial`, or creates it; processes may open it at the same time.  Rows of different processes must differ.  Data is not
-    synchronised to the disk before `finish`: it outlives a crash of the process, not of the machine.
+    path: the npz to make, which --out named; shape: (N, H, W, 3); identity: the options that decide what the rows hold, values
+    that JSON can express.  Opens the `.partial` folder that an earlier run with the same identity left, or creates it.
+    Processes may open it at the same time; their rows must differ.  Data is not synchronised to the disk before `finish`: it
+    outlives a crash of the process, not of the machine.
 
     Raises UserError if `path` is no `.npz` name, its folder cannot be written, or the identity differs.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int, int, int], identity: dict[str, Any], option: str = "--out") -> None:
-        self.path, self.shape, self.option = Path(path), tuple(int(n) for n in shape), option
+    def __init__(self, path: Path, shape: tuple[int, int, int, int], identity: dict[str, Any]) -> None:
+        self.path, self.shape = Path(path), tuple(int(n) for n in shape)
         if self.path.suffix != ".npz":
-            raise UserError(f"{option} {str(path)!r} is not the name of an npz: give one that ends in .npz.")
+            raise UserError(f"--out {str(path)!r} is not the name of an npz: give one that ends in .npz.")
         if self.path.is_dir():
-            raise UserError(f"{option} {path} is a folder, not a file: give the name of an npz inside it.")
+            raise UserError(f"--out {path} is a folder, not a file: give the name of an npz inside it.")
         self.folder = self.path.with_suffix(".partial")
         self.identity = _full_identity(shape, identity)
         self._comment = json.dumps(self.identity).encode()
         if len(self._comment) > _COMMENT_BYTES:
             raise ValueError(f"identity exceeds {_COMMENT_BYTES} bytes of JSON")
-        check_writable(self.path.parent, option)
-        check_writable(self.folder, option)
-        self._claim()
+        check_writable(self.path.parent, "--out")
+        check_writable(self.folder, "--out")
+        identity_file = self.folder / "identity.json"
+        if not identity_file.exists():
+            write_json(identity_file, self.identity)
+        _require_identity(identity_file.read_bytes(), self.identity, str(self.folder), "was begun")
         self._files = _RowFiles(self.folder, self.shape[0], int(np.prod(self.shape[1:])))
         self._warn_if_short_of_space()
 
@@ -169,9 +178,9 @@ class ImageStore:
         """Close the store in every process; the main process then makes the npz and removes the `.partial` folder.
 
         Every process calls this once its own rows are done, and returns when the npz is there.  arrays: members besides
-        `arr_0`, the images; each has N rows, of which those of skipped images are left out, or is a scalar.  Returns the
-        number of images in the main process, 0 in the others.  Raises UserError if every row was skipped or the disk
-        is full, RuntimeError while rows are missing, ValueError for an array of another length.
+        `arr_0` (the images), scalars or N rows each; rows of skipped images are left out.  Returns the number of images in
+        the main process, 0 in the others.  Raises UserError if every row was skipped or the disk is full, RuntimeError
+        while rows are missing, ValueError for an array of another length.
         """
         if not processes.is_main:
             self.close()  # before the main process removes the files
@@ -189,7 +198,7 @@ class ImageStore:
             raise RuntimeError(f"{len(missing)} of {self.shape[0]} rows are missing, the first is {missing[0]}")
         kept = self._files.states() == _WRITTEN  # [N]
         if not kept.any():
-            raise UserError(f"{self.option} {self.path} would hold no image because all {self.shape[0]} were skipped: "
+            raise UserError(f"--out {self.path} would hold no image because all {self.shape[0]} were skipped: "
                             f"check the images, then delete {self.folder} and run the command again.")
         members = {key: _kept_part(key, np.asarray(value), kept) for key, value in arrays.items()}
         shape = (int(kept.sum()), *self.shape[1:])
@@ -201,27 +210,12 @@ class ImageStore:
             log.warning("%s is no longer needed but could not be removed", self.folder)
         return shape[0]
 
-    def _claim(self) -> None:
-        """Leave this identity in the folder, or check it against the one that is there."""
-        file = self.folder / "identity.json"
-        if not file.exists():
-            write_json(file, self.identity)
-        try:
-            found = json.loads(file.read_text())
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise UserError(f"{file} does not hold the options of an unfinished {self.option} {self.path}: "
-                            f"delete {self.folder} or change {self.option}.")
-        require_same(found, self.identity, f"{self.folder} was begun with", f"delete it or change {self.option}")
-
     def _warn_if_short_of_space(self) -> None:
         total, stored = int(np.prod(self.shape)), os.fstat(self._files.images.fileno()).st_blocks * 512
         needed = 2 * total - min(total, stored)  # the rows and the npz
         free = shutil.disk_usage(self.folder).free
         if free < needed:
-            log.warning("%s %s needs %.1f GB while it is made, and %.1f GB are free",
-                        self.option, self.path, needed / 1e9, free / 1e9)
+            log.warning("--out %s needs %.1f GB while it is made, and %.1f GB are free", self.path, needed / 1e9, free / 1e9)
 
     def _check_rows(self, rows: np.ndarray) -> np.ndarray:
         rows = np.asarray(rows, dtype=np.int64)
@@ -237,8 +231,8 @@ class ImageStore:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise UserError(f"{self.option} {self.path} does not fit on its disk ({error.strerror}): free space and run "
-                            "the same command again, which keeps the images that are done.") from error
+            raise UserError(f"--out {self.path} does not fit on its disk ({error.strerror}): free space and run the same "
+                            "command again, which keeps the images that are done.") from error
 
 
 def _kept_part(key: str, value: np.ndarray, kept: np.ndarray) -> np.ndarray:
