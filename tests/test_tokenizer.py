@@ -15,6 +15,7 @@ from tokenizer.tokenizer_image.codebook import (
     whiten_projection,
 )
 from tokenizer.tokenizer_image.discriminator import PatchGAN
+from tokenizer.tokenizer_image.quantizer import VectorQuantizer
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQConfig, VQModel, build_tokenizer
 from tokenizer.tokenizer_image.vq_options import VQTrainConfig
 from tokenizer.tokenizer_image.vq_train import autoencoder_loss
@@ -170,6 +171,16 @@ def test_patchgan_equals_the_reference():
     images = torch.from_numpy(golden["patchgan_input"])
     np.testing.assert_allclose(model.train()(images).detach(), golden["patchgan_train_out"], atol=1e-5)
     np.testing.assert_allclose(model.eval()(images).detach(), golden["patchgan_eval_out"], atol=1e-5)
+
+
+def test_a_fresh_dual_codebook_is_used_almost_whole():
+    """The ImageNet recipe has neither k-means nor revival: codes that no residual meets at the start stay dead."""
+    torch.manual_seed(0)
+    quantizer, latents = VectorQuantizer((256, 4096), 8, 0.25), torch.randn(30, 8, 32, 32)
+    usage = CodeUsage((256, 4096), torch.device("cpu"))
+    usage.add(quantizer(latents).codes)
+    figures = usage.figures(2, ALONE)
+    assert figures["usage_semantic"] == 1 and figures["usage_detail"] > 0.95
 
 
 def test_usage_and_perplexity_count_the_whole_set():

@@ -44,9 +44,8 @@ class VectorQuantizer(nn.Module):
     def __init__(self, codebook_sizes: tuple[int, ...], code_dim: int, beta: float) -> None:
         super().__init__()
         self.beta = beta
-        self.codebooks = nn.ParameterList(torch.empty(size, code_dim).uniform_(-1 / size, 1 / size) for size in codebook_sizes)
-        # A uniform start on the sphere: every code is a direction, none is nearer to the centre.
-        self.codebooks[0].data = F.normalize(torch.randn(codebook_sizes[0], code_dim), dim=-1)
+        # A uniform start on the sphere, of the detail codebook too, as in the release: a start near zero uses a quarter of it.
+        self.codebooks = nn.ParameterList(F.normalize(torch.randn(size, code_dim), dim=-1) for size in codebook_sizes)
 
     def table(self, stream: int) -> Tensor:
         """The codebook of a stream as it is used [K, d]."""
