@@ -10,8 +10,9 @@ exact for singular covariances too and needs no epsilon on the diagonal; a class
 inception score instead of NaN.  Precision and recall keep ADM's half-precision distances: rounding decides ties.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,18 @@ STRIPE = 1_000  # rows computed at once: bounds the single-precision scratch mem
 SPLIT_SIZE = 5_000  # images in one split of the inception score
 
 Array = np.ndarray | Tensor
+T = TypeVar("T")
+
+
+@contextmanager
+def _setting(read: Callable[[], T], change: Callable[[T], None], value: T) -> Iterator[None]:
+    """Within the block a setting of torch has another value."""
+    before = read()
+    change(value)
+    try:
+        yield
+    finally:
+        change(before)
 
 
 class Moments:
@@ -63,17 +76,6 @@ def feature_statistics(features: Array) -> tuple[np.ndarray, np.ndarray]:
     return moments.finish()
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Decompose matrices in one thread: several that wait for each other on busy cores took 3 to 5 times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _root(sigma: Array) -> Tensor:
     """A factor F [D, rank] of a covariance [D, D] with F Fᵀ = sigma.
 
@@ -97,7 +99,8 @@ def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> fl
                          f"{np.shape(sigma1)} and {np.shape(sigma2)}")
     difference = torch.as_tensor(mu1).double() - torch.as_tensor(mu2).double()
     variances = torch.as_tensor(sigma1).double().trace() + torch.as_tensor(sigma2).double().trace()
-    with _one_thread():
+    # One thread: several that wait for each other on busy cores took 3 to 5 times as long.
+    with _setting(torch.get_num_threads, torch.set_num_threads, 1):
         cross = torch.linalg.svdvals(_root(sigma1).T @ _root(sigma2)).sum()
     return max(float(difference @ difference + variances - 2 * cross), 0.0)
 
@@ -117,23 +120,16 @@ def inception_score(probs: Array, split_size: int = SPLIT_SIZE) -> float:
     return float(torch.stack(scores).mean())
 
 
-@contextmanager
-def _full_float32() -> Iterator[None]:
+def _full_float32() -> AbstractContextManager[None]:
     """Keep TensorFloat-32 out of matrix products: its 10 bits would move single-precision distances."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return _setting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest")
 
 
 def _half_norms(rows: Tensor) -> Tensor:
     """Squared norms of half-precision rows [n, D], summed in half precision as TensorFlow's CPU kernel does.
 
-    The order of the sum decides the last bit, and the last bits decide ties: 32 interleaved running sums, folded to 8
-    in half precision and to one in single precision; rows longer than 1600 in two halves.  Other devices sum in
-    other orders, so this makes the result the same everywhere.
+    The order of the sum decides the last bit, and the last bits decide ties: 32 interleaved running sums, folded to 8 in half
+    precision and to one in single precision; rows longer than 1600 in two halves.  The result is the same on every device.
     """
     squares = torch.nn.functional.pad(rows * rows, (0, -rows.shape[1] % 32))
     middle = squares.shape[1] // 2 // 32 * 32 if squares.shape[1] > 1600 else 0
@@ -173,49 +169,48 @@ def _as_features(features: Array, device: torch.device | str | None) -> Tensor:
     return torch.as_tensor(features).to(device=device, dtype=torch.float32)
 
 
-def nearest_radii(features: Array, k: int = NEAREST_K, device: torch.device | str | None = None, tile: int = TILE) -> Tensor:
-    """Squared distance of every feature row to its k-th nearest other row.
+def nearest_radii(features: Array, device: torch.device | str | None = None, tile: int = TILE) -> Tensor:
+    """Squared distance of every feature row to its third nearest other row (NEAREST_K).
 
-    features: [N, D], N > k; returns float32 [N] on `device`.  The row itself counts as the nearest, as in ADM, also
-    when a duplicate exists.  Memory: one tile x tile block, whatever N.  Raises ValueError for N <= k.
+    features: [N, D]; returns float32 [N] on `device`.  The row itself counts as the nearest, as in ADM, also when a
+    duplicate exists.  Memory: one tile x tile block, whatever N.  Raises ValueError for N <= NEAREST_K.
     """
     features = _as_features(features, device)
-    if len(features) <= k:
-        raise ValueError(f"{k} nearest neighbours need more than {k} rows, got {len(features)}")
+    if len(features) <= NEAREST_K:
+        raise ValueError(f"{NEAREST_K} nearest neighbours need more than {NEAREST_K} rows, got {len(features)}")
     radii = []
     with _full_float32():
         for rows in features.split(tile):
             nearest = []
             for columns in features.split(tile):
                 distances = _tile_distances(rows, columns)
-                kept = [part.float().topk(min(k + 1, len(columns)), dim=1, largest=False).values
+                kept = [part.float().topk(min(NEAREST_K + 1, len(columns)), dim=1, largest=False).values
                         for part in distances.split(STRIPE)]
-                nearest.append(torch.cat(kept))  # [n, k + 1]
-            radii.append(torch.cat(nearest, 1).kthvalue(k + 1, dim=1).values)
+                nearest.append(torch.cat(kept))  # [n, NEAREST_K + 1]
+            radii.append(torch.cat(nearest, 1).kthvalue(NEAREST_K + 1, dim=1).values)
     return torch.cat(radii)
 
 
-def precision_recall(reference: Array, sample: Array, k: int = NEAREST_K, device: torch.device | str | None = None,
+def precision_recall(reference: Array, sample: Array, device: torch.device | str | None = None,
                      tile: int = TILE) -> tuple[float, float]:
     """Improved precision and recall of feature rows.
 
-    reference: [N, D], sample: [M, D], both with more than k rows.  Precision: share of samples within the radius of
+    reference: [N, D], sample: [M, D], both with more than NEAREST_K rows.  Precision: share of samples within the radius of
     some reference row; recall: share of reference rows within the radius of some sample; "within" includes equality.
     Source: arXiv 1904.06991, eq. 1 to 3.
     """
     reference, sample = _as_features(reference, device), _as_features(sample, device)
-    reference_radii = nearest_radii(reference, k, device, tile)
-    sample_radii = nearest_radii(sample, k, device, tile)
+    reference_radii, sample_radii = nearest_radii(reference, device, tile), nearest_radii(sample, device, tile)
     sample_inside = torch.zeros(len(sample), dtype=torch.bool, device=sample.device)
     reference_inside = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
     with _full_float32():
         for row in range(0, len(reference), tile):
             for column in range(0, len(sample), tile):
-                r, c = slice(row, row + tile), slice(column, column + tile)
-                distances = _tile_distances(reference[r], sample[c])
-                for start in range(0, len(distances), STRIPE):
-                    inner = slice(row + start, min(row + start + STRIPE, r.stop))
-                    part = distances[start:start + STRIPE].float()  # [stripe, tile]
-                    sample_inside[c] |= (part <= reference_radii[inner, None]).any(0)
-                    reference_inside[inner] |= (part <= sample_radii[None, c]).any(1)
+                c = slice(column, column + tile)
+                parts = _tile_distances(reference[row : row + tile], sample[c]).split(STRIPE)  # each [STRIPE, tile]
+                for first, part in zip(range(row, row + tile, STRIPE), parts):
+                    part = part.float()
+                    r = slice(first, first + len(part))
+                    sample_inside[c] |= (part <= reference_radii[r, None]).any(0)
+                    reference_inside[r] |= (part <= sample_radii[None, c]).any(1)
     return float(sample_inside.double().mean()), float(reference_inside.double().mean())
