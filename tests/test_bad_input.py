@@ -151,7 +151,7 @@ def test_world_size_that_does_not_divide_the_batch(tmp_path):
     done = command("autoregressive/train/train_c2i.py", *gpt_options(codes, tmp_path / "run", global_batch_size=7),
                    processes=2, check=False)
     assert done.returncode != 0
-    assert "error: --global-batch-size 7 is not divisible by the 2 processes" in done.stderr
+    assert "error: --global-batch-size 7 is not a multiple of 2, the number of processes" in done.stderr
 
 
 def test_extraction_refuses_other_options_and_stage_one(capsys, images_folder, models, tmp_path):

@@ -333,7 +333,7 @@ REFUSALS = {
     "key": (dict(images=np.zeros((8, 4, 4, 3), np.uint8)), "has no arr_0, only images"),
     "statistics only": (statistics(0.0), "has no arr_0, only mu"),
     "too few": (dict(arr_0=np.zeros((3, 4, 4, 3), np.uint8)), "3 images, but precision and recall need at least 4"),
-    "half statistics": (dict(arr_0=np.zeros((8, 4, 4, 3), np.uint8), mu=np.zeros(2048)), "has mu but not the other"),
+    "half statistics": (dict(arr_0=np.zeros((8, 4, 4, 3), np.uint8), mu=np.zeros(2048)), "has mu but not sigma"),
     "other network": (dict(arr_0=np.zeros((8, 4, 4, 3), np.uint8), mu=np.zeros(768), sigma=np.eye(768)),
                       r"shape \(768,\), not float \(64,\)"),
 }

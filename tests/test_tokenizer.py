@@ -89,6 +89,11 @@ def moved_parts(stage: str, step: int, recipe: str = "paper") -> set[str]:
     config = stage_options(stage, recipe)
     total, *_ = autoencoder_loss(model, loss, torch.rand(2, 3, 32, 32) * 2 - 1, config, step)
     total.backward()
+    return parts_with_gradient(model)
+
+
+def parts_with_gradient(model: VQModel) -> set[str]:
+    """Encoder, decoder and codebooks that a backward pass has reached."""
     named = {"quantizer.codebooks.0": "semantic", "quantizer.codebooks.1": "detail"}
     return {named.get(name, name.split(".")[0]) for name, p in model.named_parameters()
             if p.grad is not None and p.grad.abs().sum() > 0}
@@ -115,6 +120,33 @@ def test_interleaved_step_adds_stage_one_to_the_joint_loss():
     semantic = autoencoder_loss(model, loss, images, stage_options("semantic"), 0)[0]
     both = autoencoder_loss(model, loss, images, stage_options("dual"), 2)[0]
     torch.testing.assert_close(both, joint + semantic)
+
+
+def test_the_released_interleave_moves_the_semantic_codebook_alone():
+    """The release clears stage 1's gradients of everything else; the paper's equation 7 moves the network too."""
+    for recipe, moved in (("paper", NETWORK | {"semantic"}), ("released", {"semantic"})):
+        torch.manual_seed(0)
+        model = VQModel(TINY_VQ)
+        loss = vq_loss.TokenizerLoss(PixelDistance(), PatchGAN(8, 2).requires_grad_(False), discriminator_start=0)
+        vq_train.interleaved_loss(model, loss, torch.rand(2, 3, 32, 32) * 2 - 1, stage_options("dual", recipe), 2).backward()
+        assert parts_with_gradient(model) == moved
+
+
+def test_typed_loss_weights_reach_the_interleaved_loss():
+    """A typed weight that half of the losses ignored would be no weight."""
+    assert vq_train.semantic_weights(stage_options("dual")) == vq_loss.RECIPES["paper", "semantic"]
+    typed = vq_train.semantic_weights(stage_options("dual", "paper", "--perceptual-weight", "0.3"))
+    assert typed == vq_loss.LossWeights(0.0, 0.3, 0.0)
+
+
+def test_the_release_clips_codebooks_and_network_apart():
+    """One large gradient of the network must not shrink the step of a codebook."""
+    model = VQModel(TINY_VQ)
+    paper, released = (vq_train.clipping_groups(model, name) for name in ("paper", "released"))
+    assert len(paper) == 1 and [len(group) for group in released] == [1, 1, len(paper[0]) - 2]
+    assert released[0][0] is model.quantizer.codebooks[0] and released[1][0] is model.quantizer.codebooks[1]
+    model.quantizer.codebooks[0].requires_grad_(False)
+    assert len(vq_train.clipping_groups(model, "released")) == 2
 
 
 def test_typed_loss_weights_win_over_the_recipe():

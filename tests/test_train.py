@@ -16,12 +16,15 @@ from autoregressive.models.gpt import load_gpt
 from autoregressive.train import evaluate_c2i, extract_codes_c2i, train_c2i
 from autoregressive.train.options import RECIPES, GPTOptions, TrainConfig, gpt_config, recipe
 from tests.conftest import REPOSITORY, TINY_VQ, call, command, export_models, losses
+from tokenizer.tokenizer_image import vq_train
 from tokenizer.tokenizer_image.vq_model import load_tokenizer
 from tokenizer.tokenizer_image.vq_options import VQTrainConfig
 from tokenizer.tokenizer_image.vq_options import recipe as vq_recipe
 from utils.batches import BatchOptions, GlobalBatches, plan_steps
+from utils.checkpoint import read_export
 from utils.code_shards import CodeDataset, CodeHeader, CodeWriter, read_header
 from utils.config import UserError, check_options, parse
+from utils.ema import EMA
 from utils.optim import OptimOptions, clip_gradients, learning_rate
 
 TRAIN = "autoregressive/train/train_c2i.py"
@@ -331,6 +334,31 @@ def test_tokenizer_stages_resume_and_chain(stage_one, tmp_path):
     model = load_tokenizer(tmp_path / "whole")
     assert model.provenance.stage == "dual" and (tmp_path / "whole" / "reconstructions.png").exists()
     assert {"psnr", "usage_semantic", "usage_detail", "perplexity_detail"} <= set(model.provenance.figures)
+
+
+def test_stage_two_goes_on_with_the_discriminator_of_stage_one(stage_one):
+    """As in the release; the paper says nothing of it, and there stage 2 begins with a new one."""
+    images, first = stage_one
+    _, kept = read_export(first, "discriminator", "--init-from")
+    for name, equal in (("released", True), ("paper", False)):
+        words = vq_options(images, first, "dual", 6, "--init-from", first, "--recipe", name)
+        config = parse(VQTrainConfig, vq_recipe, list(map(str, words)))
+        state = vq_train.build_loss(config, torch.device("cpu")).discriminator.state_dict()
+        assert all(torch.equal(state[key], kept[key]) for key in kept) == equal
+
+
+def test_a_non_finite_step_of_the_tokenizer_does_not_reach_the_average(stage_one, tmp_path, monkeypatch):
+    """Both trainers leave a bad step out of weights, moments and averages alike."""
+    updates, original = [], vq_train.autoencoder_loss
+
+    def poisoned(*args):
+        total, *rest = original(*args)
+        return (total * float("nan") if args[-1] == 1 else total, *rest)
+
+    monkeypatch.setattr(vq_train, "autoencoder_loss", poisoned)
+    monkeypatch.setattr(EMA, "update", lambda self, step: updates.append(step))
+    call(vq_train.main, *vq_options(stage_one[0], tmp_path / "run", "semantic", 3))
+    assert updates == [0, 2]
 
 
 def test_tokenizer_training_in_two_processes_equals_one(stage_one, tmp_path):

@@ -1,6 +1,6 @@
-"""Which example goes to which process in which step: a function of (seed, step) alone.
+"""Data order: which example goes to which process in which step, a function of (seed, step) alone.
 
-The order of a run does not depend on the number of processes, and a resumed run continues it at any step.
+The order does not depend on the number of processes, and a resumed run continues it at any step.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import Sampler
 
-from utils.config import AboveZero, Count, Positive, UserError
+from utils.config import AboveZero, Count, Positive, UserError, require_multiple
 
 
 @dataclass
@@ -38,13 +38,8 @@ class StepPlan:
 
 
 def split_batch(options: BatchOptions, world_size: int) -> tuple[int, int]:
-    """Divide a global batch: (micro-batch size of one process, accumulation steps).
-
-    Raises UserError when the numbers do not divide.
-    """
-    if options.global_batch_size % world_size:
-        raise UserError(f"--global-batch-size {options.global_batch_size} is not divisible by the {world_size} processes: "
-                        f"choose a multiple of {world_size}.")
+    """(Micro-batch size of one process, accumulation steps); raises UserError when the numbers do not divide."""
+    require_multiple("--global-batch-size", options.global_batch_size, world_size, "the number of processes")
     share = options.global_batch_size // world_size
     micro = options.micro_batch_size or share
     if share % micro:
@@ -54,7 +49,7 @@ def split_batch(options: BatchOptions, world_size: int) -> tuple[int, int]:
 
 
 def plan_steps(options: BatchOptions, size: int, world_size: int) -> StepPlan:
-    """Steps over `size` examples; raises UserError when there are fewer than a global batch holds, or it does not divide."""
+    """Steps over `size` examples; raises UserError when a global batch needs more, or cannot be divided."""
     micro, accumulation = split_batch(options, world_size)
     if size < options.global_batch_size:
         raise UserError(f"--global-batch-size {options.global_batch_size} is larger than the {size} training images: "

@@ -43,20 +43,16 @@ class RunRecord:
     export: dict[str, Any] = field(default_factory=dict)  # what the exported file will say, where that is known
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], record: RunRecord, processes: Processes,
-                    keep: int = 2) -> Path:
-    """Write `state` (nested dicts of tensors, possibly sharded, and plain values) as the checkpoint of `step`.
-
-    The newest `keep` checkpoints stay.  Returns the checkpoint's folder.
-    """
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], record: RunRecord, processes: Processes, keep: int) -> None:
+    """Write `state`, nested dicts of plain values and of tensors, possibly sharded; the newest `keep` checkpoints stay."""
     target = folder / f"step-{step:08d}"
     aside = folder / f".writing-{target.name}"
     if processes.is_main:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     processes.barrier()
-    # Alone, no collective: gloo would run it in threads of its own, whose arithmetic threads then crowd the CPU and
-    # halve the speed of every later step.
+    # No collective in a single process: gloo would start threads of its own, which crowd the CPU and halve the speed of every
+    # later step.
     with warnings.catch_warnings(action="ignore", category=UserWarning):
         dcp.save(state, checkpoint_id=aside, no_dist=processes.world_size == 1)
     if processes.is_main:
@@ -66,7 +62,6 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], record: RunR
         for old in sorted(folder.glob("step-*"))[:-keep]:
             shutil.rmtree(old)
     processes.barrier()
-    return target
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path, int] | None:
@@ -76,10 +71,7 @@ def latest_checkpoint(folder: Path) -> tuple[Path, int] | None:
 
 
 def load_checkpoint(path: Path, state: dict[str, Any], record: RunRecord, processes: Processes) -> dict[str, Any]:
-    """Fill `state` (same structure as saved) from a checkpoint and return it.
-
-    Raises UserError, naming the first difference, when the checkpoint is of another model or of other fixed options.
-    """
+    """Fill `state` and return it; raises UserError naming the first difference of the model or of the fixed options."""
     saved = json.loads((path / "config.json").read_text())
     before, now = flatten(saved["options"]), flatten(record.options)
     fixed = {name: now[name] for name in record.fixed}
@@ -116,8 +108,8 @@ def export(path: Path, kind: str, tensors: dict[str, Tensor], config: dict, proc
 def read_export(path: str | Path, kind: str, option: str, tensors: bool = True) -> tuple[dict, dict[str, Tensor]]:
     """Read (configuration, tensors) of an exported file; a run folder stands for the file in it.
 
-    A training checkpoint `step-*` serves too where it knows its configuration; averaged weights come first.  tensors: False
-    reads the configuration alone.  Raises UserError naming `option` when the file is missing, damaged, or of another kind.
+    A training checkpoint `step-*` can be read too where it knows its configuration, its averaged weights if it has any.
+    tensors: False reads the configuration alone.  Raises UserError naming `option` when the file is missing, damaged, or of another kind.
     """
     path = Path(path)
     if (path / "config.json").is_file() and (path / ".metadata").is_file():
@@ -139,7 +131,7 @@ def read_export(path: str | Path, kind: str, option: str, tensors: bool = True) 
 
 
 def exported_step(path: Path, kind: str) -> int:
-    """After which training step a run folder's exported file was written; -1 where there is none."""
+    """The training step after which a run folder's file was exported; -1 where there is none."""
     exists = (path / f"{kind}.safetensors").exists()
     return read_export(path, kind, "--run-dir", tensors=False)[0].get("step", -1) if exists else -1
 
@@ -162,7 +154,7 @@ def read_checkpoint(path: Path, kind: str, option: str, tensors: bool) -> tuple[
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], option: str) -> None:
-    """Load tensors into a model, total in both directions; raises UserError naming the first key that does not fit."""
+    """Load tensors into a model of exactly their keys; raises UserError naming the first that does not fit."""
     require_tensors(model, tensors, option, "give a file that fits")
     model.load_state_dict(tensors)
 
@@ -181,7 +173,7 @@ def require_tensors(model: nn.Module, tensors: dict[str, Tensor], what: str, rem
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """A short hash of named tensors, by which codes and GPTs know their tokenizer."""
+    """A short hash of named tensors; codes and GPTs carry their tokenizer's."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())

@@ -3,7 +3,7 @@
 A script composes option dataclasses, each declared once beside the code that reads it.  `parse` turns them into
 LlamaGen-style flags (`--gpt-model`, `--image-size`) without prefixes.  Precedence: a typed flag wins over a recipe, a
 recipe over a default.  Every option declares the values that make sense in its type (`Positive`, `Fraction`, ...): `--help`
-shows them, and `check_options` holds all of them before anything else happens.
+shows them, and `check_options` checks all of them before anything else happens.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class Values(PrimitiveConstructorSpec[Any]):
 
 
 def interval(kind: type, low: float, high: float = math.inf, open_low: bool = False, open_high: bool = False) -> Values:
-    """Numbers from low to high; an open end is not itself among them, and neither are NaN and infinity."""
+    """Numbers from low to high; an open end is excluded, and so are NaN and infinity."""
     name, bounded = kind.__name__.upper(), high < math.inf
     metavar = f"{name}{'>' if open_low else '>='}{low}"
     if bounded:
@@ -139,10 +139,7 @@ def _blank(config: type[T], missing: Any = tyro.MISSING) -> T:
 
 
 def override(options: T, values: dict[str, Any]) -> T:
-    """Return a copy of `options` with the fields named in `values` replaced, wherever they are nested.
-
-    Raises KeyError for a name that no dataclass inside `options` has.
-    """
+    """A copy of `options` with the fields named in `values` replaced, nested ones too; KeyError for an unknown name."""
     left = dict(values)
 
     def replace(node: Any) -> Any:

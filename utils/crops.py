@@ -71,7 +71,7 @@ def flip_crops(image: np.ndarray, size: int) -> np.ndarray:
 def to_tensor(images: np.ndarray | Tensor) -> Tensor:
     """Pixels to network range, x / 127.5 - 1: uint8 [..., H, W, 3] -> float32 [..., 3, H, W] in [-1, 1]."""
     if isinstance(images, np.ndarray):
-        images = torch.from_numpy(np.require(images, requirements=["C", "W"]))  # neither mirrored nor mapped views
+        images = torch.from_numpy(np.require(images, requirements=["C", "W"]))  # copies mirrored and mapped views
     return images.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
 
 
@@ -86,7 +86,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """A generator for one image in one epoch, the same in whatever worker or process asks (Philox, Salmon et al. 2011).
+    """A generator for one image in one epoch, the same in every worker and process (Philox, Salmon et al. 2011).
 
     epoch, index: in [0, 2^64).  The counter's upper words hold them, so no two streams overlap.
     """

@@ -56,10 +56,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def setup(device: str = "auto") -> Processes:
-    """Join the process group of torchrun, or make one of a single process.
-
-    device: as in `choose_device`, whose error is raised too.
-    """
+    """Join the process group of torchrun, or make one of a single process; device and errors: as in `choose_device`."""
     cuda = choose_device(device).type == "cuda"
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -69,11 +66,8 @@ def setup(device: str = "auto") -> Processes:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        alone: dict[str, Any] = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
     return Processes(rank, world_size, local_rank, target)
 
 
@@ -123,7 +117,7 @@ def synchronize_gradients(model: nn.Module, last: bool) -> None:
 
 
 def average_gradients(parameters: Sequence[Tensor], processes: Processes) -> None:
-    """Average the gradients of `parameters` over all processes, in one exchange; parameters without one are passed over."""
+    """Average the gradients of `parameters` over all processes, in one exchange; parameters without one are skipped."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if processes.world_size == 1 or not gradients:
         return

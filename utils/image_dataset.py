@@ -21,7 +21,7 @@ from utils.images import ImageSource, UnreadableImage
 
 log = logging.getLogger("images")
 
-_MAX_UNREADABLE = 100  # in a row: past this the folder is at fault, not an image
+_MAX_UNREADABLE = 100  # in a row: more than this is a fault of the folder, not of an image
 
 
 @dataclass
@@ -29,7 +29,7 @@ class ImageOptions:
     """Where images come from and how they are cut."""
 
     data_path: Path
-    """Folder with one sub-folder a class, or npz with `images` and `labels`."""
+    """Folder with one sub-folder per class, or npz with `images` and `labels`."""
     image_size: Positive = 256
     """Side of the square images in pixels."""
     num_workers: Count = 8
@@ -47,7 +47,7 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
                  random_flip: bool = False) -> None:
         self.source, self.size, self.seed = source, size, seed
         self.random_crop, self.random_flip = random_crop, random_flip
-        # One byte an image in shared memory: workers agree on which images were counted without a lock.
+        # One byte per image in shared memory: workers agree on which images were counted without a lock.
         self._unreadable = torch.zeros(len(source), dtype=torch.uint8).share_memory_()  # [N]
 
     def __len__(self) -> int:
@@ -60,7 +60,7 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
         """
         epoch, index = item if isinstance(item, (tuple, list)) else (0, item)
         image, found = self._load(int(index))
-        # Keyed by the index asked for: an image that replaces an unreadable one is cropped otherwise than in its own turn.
+        # The index asked for decides the crop: a replacement is cropped differently than in its own place.
         return to_tensor(self._crop(image, int(epoch), int(index))), int(self.source.labels[found]), found
 
     @property

@@ -77,7 +77,7 @@ class ImageSource:
 class FolderImages(ImageSource):
     """A folder with one sub-folder per class, sorted by name; made by `open_images`.
 
-    EXIF rotation is not applied and transparency is dropped, as in ADM's and LlamaGen's loaders.
+    EXIF rotation is not applied and transparency is dropped, as ADM and LlamaGen do.
     """
 
     def __init__(self, path: Path, option: str, files: list[str], labels: np.ndarray, class_names: list[str]) -> None:
@@ -173,7 +173,7 @@ def _images_below(folder: Path, root: Path) -> list[str]:
     for base, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(base)
         folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
-        if real not in seen:  # a link to a folder above would otherwise be walked for ever
+        if real not in seen:  # a link to a folder above it would be followed without end
             found += [os.path.relpath(os.path.join(base, name), root) for name in sorted(names) if _is_image(name)]
         seen.add(real)
     return found
@@ -185,9 +185,7 @@ def _open_npz(path: Path, option: str) -> ArrayImages:
         if absent := [key for key in ("images", "labels") if key not in keys]:
             raise UserError(f"{option} {path} has no {' and no '.join(absent)}, only {', '.join(keys) or 'nothing'}: "
                             "give an npz with images and labels.")
-        shape, dtype = array_header(path, "images")
-        labels_shape, labels_dtype = array_header(path, "labels")
-        _check_npz(f"{option} {path}", shape, dtype, labels_shape, labels_dtype)
+        _check_npz(f"{option} {path}", *array_header(path, "images"), *array_header(path, "labels"))
         labels = np.array(open_array(path, "labels"))
     except NPZ_ERRORS as error:
         raise UserError(f"{option} {path} is not a readable npz ({error}): {_FOLDER_REMEDY}, whole and not truncated.") from error
@@ -215,6 +213,6 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     """Decode a Pillow image of any mode: uint8 [H, W, 3]."""
     if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey levels at 255 instead of scaling them
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:  # via RGBA, else Pillow warns on standard error
+    if image.mode == "P" and "transparency" in image.info:  # without this step Pillow prints a warning
         image = image.convert("RGBA")
     return np.array(image.convert("RGB"))

@@ -1,4 +1,4 @@
-"""What both trainers have in common about an optimizer step: its options, the learning rate, precision, clipping."""
+"""The optimizer step of both trainers: options, learning-rate schedule, precision, gradient clipping."""
 
 import math
 from collections.abc import Iterable

@@ -1,8 +1,8 @@
-"""A run: its folder, log, TensorBoard, averaged metrics, cadence, resume.  The training loop itself stays in the script.
+"""A training run: resume, checkpoints, log, TensorBoard, averaged metrics.  The training loop itself stays in the script.
 
-Folder: `log.txt`, `options.json`, `metrics.jsonl` (one line a logged step), `tensorboard/`, `checkpoints/step-*`, and
-the exported model.  Everything random in step n comes from (seed, n, rank), so a resumed run repeats an uninterrupted
-one without saving generator states.
+The folder holds `log.txt`, `options.json`, `metrics.jsonl` (one line per logged step), `tensorboard/`, `checkpoints/step-*`
+and the exported model.  Everything random in step n comes from (seed, n, rank), so a resumed run repeats an uninterrupted one
+without saving generator states.
 """
 
 import json
@@ -88,7 +88,7 @@ class MeanMetrics:
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def read(self, processes: Processes) -> dict[str, float]:
-        """Means over steps and processes; starts anew.  Every process must have added the same names."""
+        """Means over steps and processes since the last call.  Every process must have added the same names."""
         if not self.sums:
             return {}
         names = sorted(self.sums)
@@ -98,7 +98,7 @@ class MeanMetrics:
 
 
 class Run:
-    """Owns folder, resume, cadence, logging and averaging of one training run."""
+    """One training run: its folder, resuming, checkpoints, logs, and which step logs or saves."""
 
     def __init__(self, options: RunOptions, record: RunRecord, processes: Processes, total_steps: int) -> None:
         """Create the folder and its log; raises UserError when it cannot be written."""
@@ -111,7 +111,7 @@ class Run:
         self.bad_steps: dict[str, int] = {}
 
     def resume(self, training: TrainState) -> int:
-        """Load the newest checkpoint into `training`, where there is one; returns the first step still to do."""
+        """Load the newest checkpoint, if there is one, into `training`; returns the first step still to do."""
         step = 0
         if found := latest_checkpoint(self.folder / "checkpoints"):
             path, step = found
@@ -124,7 +124,7 @@ class Run:
         self.first_step = self.logged = step
         if not self.processes.is_main:
             return
-        if step < self.total_steps:  # a finished run keeps the options it was made by
+        if step < self.total_steps:  # a finished run keeps the options it was made with
             write_json(self.folder / "options.json", asdict(self.record))
         metrics = self.folder / "metrics.jsonl"
         if metrics.exists():  # lines after the checkpoint will be written again

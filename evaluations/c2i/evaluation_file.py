@@ -22,7 +22,7 @@ SAVE_AS_ADM = "save images as np.savez(path, images) with uint8 images of shape 
 class EvaluationFile:
     """One npz to evaluate, checked when it is opened and read in batches.
 
-    name: the argument it came from (REF or SAMPLE).  Raises UserError for whatever ADM's evaluator could not use.
+    name: the argument it came from (REF or SAMPLE).  Raises UserError for a file that ADM's evaluator could not use.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -87,7 +87,7 @@ class EvaluationFile:
 
     @cached_property
     def digest(self) -> str:
-        """Identifies the images: their checksum as the zip directory holds it, with name, shape and type."""
+        """A hash of the images' checksum in the zip directory, size, shape and type."""
         with zipfile.ZipFile(self.path) as archive:
             info = archive.getinfo("arr_0.npy")
         return sha256(f"{info.CRC} {info.file_size} {self.shape} {self.dtype}".encode()).hexdigest()[:16]
@@ -101,7 +101,7 @@ class EvaluationFile:
             raise UserError(f"{self.where} has {self.count} images, but precision and recall need at least "
                             f"{NEAREST_K + 1}: give a file with more images.")
         if self.dtype.kind == "f":
-            next(self.batches(1 << 4))  # a wrong range shows here, before the network works for an hour
+            next(self.batches(1 << 4))  # a wrong range is found before the network works for an hour
 
     def _check_range(self, batch: np.ndarray, first: bool) -> None:
         if batch.dtype.kind != "f":
@@ -112,11 +112,9 @@ class EvaluationFile:
                             "to 0 to 255 or save them as uint8.")
 
     def _check_statistics(self) -> None:
-        for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
-            found = [key for key in (mean, covariance) if key in self.keys]
-            if len(found) == 1:
-                raise UserError(f"{self.where} has {found[0]} but not the other of {mean} and {covariance}: store "
-                                "both or neither.")
+        for key, partner in (("mu", "sigma"), ("sigma", "mu"), ("mu_s", "sigma_s"), ("sigma_s", "mu_s")):
+            if key in self.keys and partner not in self.keys:
+                raise UserError(f"{self.where} has {key} but not {partner}: store both or neither.")
         for key in (key for key in STATISTICS if key in self.keys):
             shape, dtype = array_header(self.path, key)
             if shape != STATISTICS[key] or dtype.kind != "f":

@@ -54,7 +54,7 @@ class EvaluatorConfig:
     purpose: Purpose = "auto"
     """What the samples are; decides which reference is right. auto reads it from the sample npz."""
     cache: bool = True
-    """Keep the features of each npz beside it, so that they need not be computed again."""
+    """Keep the features of each npz in a file beside it, for later evaluations."""
 
 
 def resolve_purpose(purpose: Purpose, sample: EvaluationFile) -> str:
@@ -72,32 +72,31 @@ def find_pitfalls(reference: EvaluationFile, sample: EvaluationFile, purpose: st
         found.append(f"{sample.where} stores mu and sigma: as in ADM they replace the statistics of its images.")
     if not reference.has_statistics and reference.count < VIRTUAL_COUNT:
         found.append(f"{reference.where} has {reference.count} images and no stored statistics: too few for a "
-                     "covariance that others would find too.")
+                     "covariance that can be reproduced.")
     if "arr_1" in sample.keys and sample.labels() is None:
-        found.append(f"{sample.where} has arr_1 that is not one integer label an image: the balance of classes is not checked.")
+        found.append(f"{sample.where} has arr_1 that is not one integer label per image: the balance of classes is not checked.")
     if purpose == "generation" and (labels := sample.labels()) is not None:
         _, counts = np.unique(labels, return_counts=True)
         if counts.min() != counts.max():
             found.append(f"{sample.where} has unbalanced labels, {counts.min()} to {counts.max()} images per class in "
                          f"{len(counts)} classes: published numbers use the same number for every class.")
         if len(labels) > SPLIT_SIZE and len(counts) > 1 and (np.diff(labels) >= 0).all():
-            found.append(f"{sample.where} is sorted by class: the inception score is taken over {SPLIT_SIZE} images at "
-                         "a time and comes out too low when these show few classes, so shuffle the samples.")
+            found.append(f"{sample.where} is sorted by class: the inception score is taken over {SPLIT_SIZE} images at a time and "
+                         "comes out too low when these show few classes, so shuffle the samples.")
     if reference.shape and reference.shape[1:3] != sample.shape[1:3]:
         found.append(f"images of {reference.where} are {reference.shape[2]}x{reference.shape[1]} pixels and those of "
                      f"{sample.where} {sample.shape[2]}x{sample.shape[1]}: compare images of one size.")
     if reference.kind in ("samples", "reconstruction"):
         found.append(f"{reference.where} says that it holds {reference.kind}, not real images: REF comes first, SAMPLE second.")
     if purpose == "reconstruction" and reference.has_statistics and reference.count == VIRTUAL_COUNT:
-        found.append(f"{reference.where} looks like ADM's VIRTUAL_imagenet batch (training-set statistics and "
-                     f"{VIRTUAL_COUNT} images): reconstruction FID is measured against the validation images, make "
-                     "them an npz with tokenizer/validation/val_ddp.py.")
+        found.append(f"{reference.where} looks like ADM's VIRTUAL_imagenet batch (training-set statistics, {VIRTUAL_COUNT} images): "
+                     "measure reconstruction FID against the validation images in the npz of tokenizer/validation/val_ddp.py.")
     if purpose == "reconstruction" and reference.count not in (0, VIRTUAL_COUNT, sample.count):
         found.append(f"{reference.where} has {reference.count} images and {sample.where} {sample.count}: "
                      "reconstruction FID compares the same images before and after.")
     if purpose == "generation" and reference.kind == "validation":
         found.append(f"{reference.where} holds validation images: published generation FID is measured against ADM's "
-                     "VIRTUAL_imagenet batch of the training set; for reconstructions say --purpose reconstruction.")
+                     "VIRTUAL_imagenet batch of the training set; for reconstructions give --purpose reconstruction.")
     return found
 
 

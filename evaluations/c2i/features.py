@@ -78,7 +78,7 @@ def compute_features(file: EvaluationFile, network: Inception, device: torch.dev
 class FeatureSource:
     """Features of files, from the cache beside them or from the network.
 
-    The cache's name carries a digest of the images and of the weights: a changed npz never meets old features.
+    The cache's name holds a hash of the images and of the weights: features of other images or weights are never used.
     weights: torch-fidelity's Inception weights, None downloads them; batch_size: images that pass the network at once;
     cache: read and write features beside each npz.
     """

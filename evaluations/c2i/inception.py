@@ -86,10 +86,7 @@ class Inception(nn.Module):
 
 
 def weights_file(path: Path | None) -> Path:
-    """The weights file: `path`, or torch-fidelity's published one, downloaded into torch's cache if it is not there.
-
-    Raises UserError if `path` does not exist or the download fails.
-    """
+    """`path`, or torch-fidelity's file in torch's cache, downloaded if missing; raises UserError where there is no file."""
     if path is not None:
         found = check_exists(path, "--inception-weights", "torch-fidelity's Inception weights (.pth)")
         if found.is_dir():
@@ -109,10 +106,7 @@ def weights_file(path: Path | None) -> Path:
 
 
 def load_inception(path: Path, device: torch.device) -> tuple[Inception, str]:
-    """The network with weights from `path`, a state dict under torch-fidelity's keys, and the file's SHA-256.
-
-    Raises UserError if the file is no such state dict.
-    """
+    """The network with the weights in `path`, and the file's SHA-256; raises UserError if they are not torch-fidelity's."""
     remedy = "give torch-fidelity's weights-inception-2015-12-05 file or leave the option out to download it."
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)

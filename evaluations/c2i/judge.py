@@ -1,7 +1,7 @@
-"""Judge images by a small classifier: how often it sees the label, and the Fréchet distance in its features.
+"""Judge small images by a small classifier: how often it predicts the label, and the Fréchet distance of its features.
 
-For images that Inception says little about. The reference is a set of real images that the classifier was not trained
-on; real images judged against it give the floor of the distance.
+Inception features say little about such images. The reference is a set of real images that the classifier was not trained
+on; other real images judged against it give the smallest distance to expect.
 """
 
 import sys
@@ -34,7 +34,7 @@ class JudgeConfig:
     out: Path
     """JSON to write."""
     samples: tuple[Path, ...] = ()
-    """npz files with `arr_0` images and `arr_1` labels; each is judged under its file's name."""
+    """npz files with `arr_0` images and `arr_1` labels; each appears in the results under its file's name."""
     image_size: Positive = 32
     """Side of the square images in pixels."""
     device: Device = "auto"

@@ -36,6 +36,22 @@ RECIPES: dict[tuple[str, str], LossWeights] = {
 }
 
 
+@dataclass(frozen=True)
+class Procedure:
+    """What a recipe decides beside its loss weights."""
+
+    interleave_network: bool     # the third step's equation 7 moves encoder and decoder too, not the semantic codebook alone
+    clip_apart: bool             # semantic codebook, detail codebook and network are each clipped to the norm
+    keep_discriminator: bool     # stage 2 goes on with stage 1's discriminator
+    weigh_discriminator: bool    # the discriminator's own loss bears the weight of the adversarial term too
+
+
+PROCEDURES: dict[str, Procedure] = {
+    "paper": Procedure(True, False, False, False),     # the paper leaves all four open
+    "released": Procedure(False, True, True, True),
+}
+
+
 def hinge_d_loss(real: Tensor, fake: Tensor) -> Tensor:
     """Discriminator's hinge loss on logits of any shape."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())

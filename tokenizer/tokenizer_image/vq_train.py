@@ -8,7 +8,7 @@ forward, and only then does the semantic codebook move.
 import logging
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from tokenizer.tokenizer_image.discriminator import PatchGAN
 from tokenizer.tokenizer_image.evaluate import evaluate_tokenizer, reconstruction_grid
 from tokenizer.tokenizer_image.perceptual import build_perceptual
 from tokenizer.tokenizer_image.quantizer import QUANTIZERS, Quantized, Streams
-from tokenizer.tokenizer_image.vq_loss import RECIPES, LossWeights, TokenizerLoss
+from tokenizer.tokenizer_image.vq_loss import PROCEDURES, RECIPES, LossWeights, TokenizerLoss
 from tokenizer.tokenizer_image.vq_model import TokenizerProvenance, VQConfig, VQModel, build_tokenizer
 from tokenizer.tokenizer_image.vq_options import FIXED_OPTIONS, VQTrainConfig, recipe
 from utils.batches import GlobalBatches, StepPlan, plan_steps
@@ -54,20 +54,51 @@ log = logging.getLogger("vq_train")
 INTERLEAVE = 3  # of three joint steps, one also updates the semantic codebook (section 4.2.2)
 
 
-def optimizer_step(name: str, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, run: Run, step: int,
-                   max_norm: float) -> Tensor:
-    """Average, clip and apply gradients that `loss.backward()` has accumulated; a non-finite step is left out."""
-    average_gradients(parameters, run.processes)
-    norm = clip_gradients([p for p in parameters if p.grad is not None], max_norm)
-    if run.require_finite(norm, step, name):
+def optimizer_step(name: str, groups: list[list[nn.Parameter]], optimizer: torch.optim.Optimizer, run: Run, step: int,
+                   max_norm: float) -> tuple[bool, Tensor]:
+    """Average, clip (each group to `max_norm`) and apply the gradients that `loss.backward()` has accumulated.
+
+    Returns whether the step was made, which a non-finite one is not, and the norm of all gradients.
+    """
+    average_gradients([p for group in groups for p in group], run.processes)
+    moved = [[p for p in group if p.grad is not None] for group in groups]
+    norm = torch.stack([clip_gradients(group, max_norm) for group in moved if group]).norm()
+    if finite := run.require_finite(norm, step, name):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm.detach()
+    return finite, norm.detach()
+
+
+def clipping_groups(model: VQModel, recipe_name: str) -> list[list[nn.Parameter]]:
+    """The parameters that are clipped together: all, or in the release each codebook and the network by themselves."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not PROCEDURES[recipe_name].clip_apart:
+        return [trained]
+    books = list(model.quantizer.codebooks)
+    return [[book] for book in books if book.requires_grad] + [[p for p in trained if not any(p is book for book in books)]]
 
 
 def trained_streams(config: VQTrainConfig) -> Streams:
     """The streams that this stage quantizes with."""
     return "semantic" if config.stage == "semantic" else "all"
+
+
+def semantic_weights(config: VQTrainConfig) -> LossWeights:
+    """Weights of stage 1's loss inside stage 2: the recipe's, except those that were typed for stage 2."""
+    options, joint, semantic = config.loss, RECIPES[config.loss.recipe, config.stage], RECIPES[config.loss.recipe, "semantic"]
+    typed = {"pixel": options.pixel_weight, "perceptual": options.perceptual_weight, "adversarial": options.disc_weight}
+    return replace(semantic, **{name: value for name, value in typed.items() if value != getattr(joint, name)})
+
+
+def interleaved_loss(model: VQModel, loss: TokenizerLoss, images: Tensor, config: VQTrainConfig, step: int) -> Tensor:
+    """Equation 7 on the third step of stage 2; in the release only its codebook term, which moves nothing but the codebook."""
+    if not PROCEDURES[config.loss.recipe].interleave_network:
+        with torch.no_grad():
+            latents = model.latents(images)
+        return model.quantizer(latents, "semantic").codebook_loss
+    reconstructions, quantized = model(images, "semantic")
+    total, _ = loss.generator(images, reconstructions, quantized, semantic_weights(config), step, model.decoder.conv_out.weight)
+    return total
 
 
 def autoencoder_loss(model: VQModel, loss: TokenizerLoss, images: Tensor, config: VQTrainConfig,
@@ -81,10 +112,7 @@ def autoencoder_loss(model: VQModel, loss: TokenizerLoss, images: Tensor, config
     reconstructions, quantized = model(images, trained_streams(config), freeze_semantic=config.stage == "dual")
     total, terms = loss.generator(images, reconstructions, quantized, weights, step, last_layer)
     if config.stage == "dual" and step % INTERLEAVE == INTERLEAVE - 1:
-        semantic_only, semantic_quantized = model(images, "semantic")
-        semantic_total, _ = loss.generator(images, semantic_only, semantic_quantized,
-                                           RECIPES[config.loss.recipe, "semantic"], step, last_layer)
-        total = total + semantic_total
+        total = total + interleaved_loss(model, loss, images, config, step)
     return total, terms, reconstructions, quantized
 
 
@@ -117,7 +145,12 @@ def build_loss(config: VQTrainConfig, device: torch.device) -> TokenizerLoss:
     """The losses, with their perceptual distance and their discriminator."""
     options = config.loss
     perceptual = build_perceptual(config.perceptual, device)
-    discriminator = PatchGAN(options.disc_channels, options.disc_layers).to(device)
+    discriminator = PatchGAN(options.disc_channels, options.disc_layers)
+    if config.stage == "dual" and PROCEDURES[options.recipe].keep_discriminator:
+        folder = Path(config.init_from) if Path(config.init_from).is_dir() else Path(config.init_from).parent
+        _, tensors = read_export(folder, "discriminator", "--init-from")
+        load_weights(discriminator, tensors, f"--init-from {folder}/discriminator.safetensors")
+    discriminator.to(device)
     return TokenizerLoss(perceptual, discriminator, options.disc_loss, options.disc_start, options.disc_adaptive_weight)
 
 
@@ -212,14 +245,17 @@ def train_step(training: TokenizerState, loader: Iterator[tuple[Tensor, Tensor, 
             loss.discriminator.requires_grad_(True)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 disc_total, disc_terms = loss.discriminate(images, reconstructions)
-            (disc_total / plan.accumulation).backward()
+            weight = config.loss.disc_weight if PROCEDURES[config.loss.recipe].weigh_discriminator else 1.0
+            (weight * disc_total / plan.accumulation).backward()
             terms = terms | disc_terms
         run.metrics.add(terms)
-    trained, max_norm = training.optimizer.param_groups[0]["params"], config.optim.max_grad_norm
-    norm = optimizer_step("tokenizer", trained, training.optimizer, run, step, max_norm)
+    groups, max_norm = clipping_groups(training.model, config.loss.recipe), config.optim.max_grad_norm
+    finite, norm = optimizer_step("tokenizer", groups, training.optimizer, run, step, max_norm)
+    if finite and training.ema:
+        training.ema.update(step)
     run.metrics.add({"gradient_norm": norm})
     if discriminating:
-        optimizer_step("discriminator", list(loss.discriminator.parameters()), training.disc_optimizer, run, step, max_norm)
+        optimizer_step("discriminator", [list(loss.discriminator.parameters())], training.disc_optimizer, run, step, max_norm)
 
 
 def revive(training: TokenizerState, dataset: ImageDataset, config: VQTrainConfig, run: Run, step: int) -> None:
@@ -256,6 +292,9 @@ def evaluate(training: TokenizerState, dataset: ImageDataset, plan: StepPlan, co
 
 def export_tokenizer(training: TokenizerState, config: VQTrainConfig, run: Run, step: int, figures: dict[str, float]) -> None:
     """Write tokenizer.safetensors, averaged where averaging is on, with its configuration and figures."""
+    if config.stage == "semantic":  # stage 2 goes on with it under --recipe released
+        export(run.folder / "discriminator.safetensors", "discriminator", training.loss.discriminator.state_dict(),
+               {"step": step}, run.processes)
     with training.averaged():
         tensors = training.model.state_dict()
         about = TokenizerProvenance(fingerprint(tensors), config.stage, step, config.images.image_size, figures)
@@ -284,8 +323,6 @@ def train(config: VQTrainConfig, processes: Processes) -> None:
         lr = learning_rate(config.optim, step, plan.total_steps)
         set_learning_rate(lr, training.optimizer, training.disc_optimizer)
         train_step(training, loader, plan, config, run, step)
-        if training.ema:
-            training.ema.update(step)
         every = config.codebook.revive_every
         if every and (step + 1) % every == 0 and step + 1 < 0.8 * plan.total_steps:
             revive(training, training_set, config, run, step)
