@@ -37,19 +37,19 @@ class GPTOptions:
     """Which GPT to build."""
 
     gpt_model: Annotated[str, choices(GPT_models)] = "GPT-B"
-    """Size; with the grid and the codebooks it selects the recipe."""
+    """Size; with the grid and the codebooks it selects the recipe (none for GPT-tiny, GPT-small and other grids)."""
     image_size: Positive = 256
     """Side of the images in pixels; with --downsample-size it gives the grid."""
     downsample_size: Positive = 16
     """Pixels a grid cell covers along one axis."""
     num_classes: Positive = 1000
-    """Classes of the data set."""
+    """Classes of the data set; those of the codes."""
     codebook_sizes: tuple[Positive, ...] = ()
-    """Codes of each codebook; empty: those of the codes in --code-path (after --code-map)."""
+    """Codes of each codebook, checked against the codes; empty: those of --code-path (after --code-map)."""
     paradigm: Annotated[str, choices(("auto", *PARADIGMS))] = "auto"
     """Prediction paradigm (table 5); auto: single for one codebook, hierarchical for two, fine for a map of fine labels."""
     context: Literal["compressed", "concatenated", "none"] = "compressed"
-    """Local context of the hierarchical head (table 6)."""
+    """Local context of the hierarchical head (table 6): neighbours compressed, concatenated whole, or none."""
     head_layers: Count = 0
     """Layers of the hierarchical head; 0: the size's own."""
     window_size: Annotated[int, Values(int, "ODD INT>=3", "an odd integer of 3 or more", lambda k: k >= 3 and k % 2 == 1)] = 5
@@ -69,7 +69,7 @@ class ParallelOptions:
     """How the model is spread over processes, and what is traded for memory or speed."""
 
     data_parallel: Annotated[str, choices(("none", "ddp", "fsdp", "hsdp"))] = "ddp"
-    """none, ddp, fsdp (FSDP2 over all processes), hsdp (shards inside groups, replicates between); set by the recipe."""
+    """none, ddp, fsdp (FSDP2 over all processes), hsdp (shards inside groups, replicates between)."""
     shard_size: Count = 0
     """hsdp: processes of a shard group; 0: those of a node."""
     activation_checkpointing: bool = False
@@ -85,7 +85,10 @@ class ParallelOptions:
 
 @dataclass
 class TrainConfig:
-    """Options of GPT training; batch, learning rate, schedule, epochs, λ_s and parallelism have defaults by the recipe."""
+    """Defaults below are those of the recipe that the other words select, for example --gpt-model GPT-XXL --help.
+
+    The recipe sets batch, epochs, learning rate, schedule, λ_s and parallelism.
+    """
 
     codes: CodeOptions
     run: RunOptions

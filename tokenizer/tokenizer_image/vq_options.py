@@ -58,7 +58,7 @@ class LossOptions:
     """What the tokenizer is trained for (`vq_loss.py`)."""
 
     recipe: Annotated[str, choices(dict.fromkeys(name for name, _ in RECIPES))] = "paper"
-    """Whose loss weights (the next three): equations 7 to 10 as printed, or those of the released code."""
+    """Loss weights (the next three) and procedure: equations 7 to 10 as printed, or those of the released code."""
     pixel_weight: NonNegative = 1.0
     """Weight of the squared error of pixels."""
     perceptual_weight: NonNegative = 1.0
@@ -82,16 +82,16 @@ class CodebookOptions:
     """Care of codebooks on small data; off by default, as in the paper."""
 
     codebook_init: Literal["uniform", "kmeans"] = "uniform"
-    """Start of the codebook that this stage introduces."""
+    """Start of the codebook that this stage introduces; kmeans also whitens the latents of a fresh encoder."""
     kmeans_vectors: Positive = 65_536
     """Vectors that k-means sees."""
     revive_every: Count = 0
-    """Steps between revivals of codes that were never chosen; 0: never."""
+    """Steps between revivals of codes that were never chosen, until 80% of the training; 0: never."""
 
 
 @dataclass
 class VQTrainConfig:
-    """Options of tokenizer training."""
+    """Defaults below are those of the recipe and stage that the other words select, for example --stage dual --help."""
 
     images: ImageOptions
     run: RunOptions
@@ -104,7 +104,7 @@ class VQTrainConfig:
     batch: BatchOptions = field(default_factory=lambda: BatchOptions(epochs=40, global_batch_size=128))
     optim: OptimOptions = field(default_factory=OptimOptions)
     stage: Literal["semantic", "dual", "single"] = "semantic"
-    """Stage 1, stage 2, or a single stage for all codebooks at once (LlamaGen)."""
+    """semantic: stage 1; dual: stage 2; single: all codebooks at once (LlamaGen)."""
     init_from: str = ""
     """Tokenizer whose weights start this run; stage 2 needs stage 1's result."""
 
