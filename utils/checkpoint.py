@@ -108,8 +108,8 @@ def export(path: Path, kind: str, tensors: dict[str, Tensor], config: dict, proc
 def read_export(path: str | Path, kind: str, option: str, tensors: bool = True) -> tuple[dict, dict[str, Tensor]]:
     """Read (configuration, tensors) of an exported file; a run folder stands for the file in it.
 
-    A training checkpoint `step-*` can be read too where it knows its configuration, its averaged weights if it has any.
-    tensors: False reads the configuration alone.  Raises UserError naming `option` when the file is missing, damaged, or of another kind.
+    A training checkpoint `step-*` that holds its configuration can be read too; averaged weights are preferred.  tensors:
+    False reads the configuration alone.  Raises UserError naming `option` when the file is missing, damaged, or of another kind.
     """
     path = Path(path)
     if (path / "config.json").is_file() and (path / ".metadata").is_file():

@@ -14,7 +14,7 @@ _LOCAL_HEADER_BYTES = 30  # fixed part of a zip member's header; name and extra 
 
 
 def array_header(path: Path, key: str) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype of one array, read without its data; raises KeyError if it is missing, NPZ_ERRORS if the file is damaged."""
+    """Shape and dtype of one array, read without its data; raises KeyError if it is missing, NPZ_ERRORS if damaged."""
     with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as member:
         shape, _, dtype = _read_header(member)
     return shape, dtype

@@ -81,16 +81,17 @@ def find_pitfalls(reference: EvaluationFile, sample: EvaluationFile, purpose: st
             found.append(f"{sample.where} has unbalanced labels, {counts.min()} to {counts.max()} images per class in "
                          f"{len(counts)} classes: published numbers use the same number for every class.")
         if len(labels) > SPLIT_SIZE and len(counts) > 1 and (np.diff(labels) >= 0).all():
-            found.append(f"{sample.where} is sorted by class: the inception score is taken over {SPLIT_SIZE} images at a time and "
-                         "comes out too low when these show few classes, so shuffle the samples.")
+            found.append(f"{sample.where} is sorted by class: the inception score of every {SPLIT_SIZE} images comes out too "
+                         "low when they show few classes, so shuffle the samples.")
     if reference.shape and reference.shape[1:3] != sample.shape[1:3]:
         found.append(f"images of {reference.where} are {reference.shape[2]}x{reference.shape[1]} pixels and those of "
                      f"{sample.where} {sample.shape[2]}x{sample.shape[1]}: compare images of one size.")
     if reference.kind in ("samples", "reconstruction"):
         found.append(f"{reference.where} says that it holds {reference.kind}, not real images: REF comes first, SAMPLE second.")
     if purpose == "reconstruction" and reference.has_statistics and reference.count == VIRTUAL_COUNT:
-        found.append(f"{reference.where} looks like ADM's VIRTUAL_imagenet batch (training-set statistics, {VIRTUAL_COUNT} images): "
-                     "measure reconstruction FID against the validation images in the npz of tokenizer/validation/val_ddp.py.")
+        found.append(f"{reference.where} looks like ADM's VIRTUAL_imagenet batch (training-set statistics, "
+                     f"{VIRTUAL_COUNT} images): measure reconstruction FID against the validation images, in an npz "
+                     "made by tokenizer/validation/val_ddp.py.")
     if purpose == "reconstruction" and reference.count not in (0, VIRTUAL_COUNT, sample.count):
         found.append(f"{reference.where} has {reference.count} images and {sample.where} {sample.count}: "
                      "reconstruction FID compares the same images before and after.")
