@@ -1,7 +1,8 @@
 """Reconstruct an image set: npz for rFID, and PSNR, SSIM, LPIPS, codebook usage over the whole set (LlamaGen's entry point).
 
-PSNR and SSIM are means over images, on uint8 pixels with data range 255 (SSIM: scikit-image, window 7).  `arr_0` holds the
-reconstructions; compare it with the npz that `val_ddp.py` makes of the same images.
+PSNR and SSIM are means over images.  `ssim` is the published number: scikit-image on pixels in [0, 1] with `data_range=2.0`, as
+LlamaGen and the IAR2 release call it.  `ssim_full_range` has the data range that pixels have, 1, and is lower.  `arr_0` holds
+the reconstructions; compare it with the npz that `val_ddp.py` makes of the same images.
 """
 
 import sys
@@ -13,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its p
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from skimage.metrics import structural_similarity
 
 from tokenizer.tokenizer_image.codebook import CodeUsage, warn_of_collapse
@@ -20,7 +22,7 @@ from tokenizer.tokenizer_image.evaluate import psnr, reconstruct, reconstruction
 from tokenizer.tokenizer_image.perceptual import PerceptualOptions, build_perceptual
 from tokenizer.tokenizer_image.quantizer import Streams
 from tokenizer.tokenizer_image.vq_model import VQModel, load_tokenizer
-from utils.config import Device, Positive, UserError, parse, require_multiple, run_main
+from utils.config import Count, Device, Positive, UserError, parse, require_multiple, run_main
 from utils.crops import to_uint8
 from utils.distributed import Processes, all_reduce_sum, setup
 from utils.files import check_writable, write_json
@@ -42,6 +44,8 @@ class ReconstructionConfig:
     """npz to write; figures go beside it as JSON, a picture as PNG."""
     streams: Streams = "all"
     """Decode all codes, or the semantic ones alone."""
+    image_size_eval: Count = 0
+    """Resize images and reconstructions to this side, bicubic, before all figures, as LlamaGen does; 0: do not."""
     batch_size: Positive = 32
     """Images a process reconstructs at once."""
     device: Device = "auto"
@@ -58,28 +62,37 @@ def open_tokenizer(config: ReconstructionConfig, processes: Processes) -> VQMode
     return tokenizer
 
 
+def ssim(real: np.ndarray, fake: np.ndarray, data_range: float) -> float:
+    """Sum over pairs of images uint8 [B, H, W, 3] of their structural similarity, on [0, 1] with scikit-image's window of 7."""
+    return sum(structural_similarity(a, b, channel_axis=-1, data_range=data_range) for a, b in zip(real / 255, fake / 255))
+
+
 def run_share(config: ReconstructionConfig, tokenizer: VQModel, dataset: ImageDataset, store: ImageStore,
               processes: Processes) -> dict[str, Any]:
     """Reconstruct this process's share into the store; returns the figures of all processes together."""
     perceptual = build_perceptual(config.perceptual, processes.device)
     usage = CodeUsage(tokenizer.config.codebook_sizes, processes.device)
-    sums = torch.zeros(4, dtype=torch.float64, device=processes.device)  # PSNR, SSIM, LPIPS, images
+    sums = torch.zeros(5, dtype=torch.float64, device=processes.device)  # PSNR, SSIM twice, LPIPS, images
+    size = (config.image_size_eval,) * 2
     share = np.array_split(np.arange(len(dataset)), processes.world_size)[processes.rank]
     with progress(len(share), "reconstruct", "images", processes) as bar:
         for rows, images, decoded, codes in reconstruct(tokenizer, dataset, share, config.streams, config.batch_size,
                                                         config.images.num_workers, processes.device):
+            if config.image_size_eval:
+                images, decoded = (F.interpolate(pixels, size, mode="bicubic") for pixels in (images, decoded))
             real, fake = to_uint8(images), to_uint8(decoded)
             store.write(rows.numpy(), fake.cpu().numpy())
             usage.add(codes)
             sums[0] += psnr(real, fake).sum()
-            sums[1] += sum(structural_similarity(a, b, channel_axis=-1, data_range=255)
-                           for a, b in zip(real.cpu().numpy(), fake.cpu().numpy()))
-            sums[2] += perceptual(images, decoded.clamp(-1, 1)).sum()
-            sums[3] += len(rows)
+            for place, data_range in ((1, 2.0), (2, 1.0)):
+                sums[place] += ssim(real.cpu().numpy(), fake.cpu().numpy(), data_range)
+            sums[3] += perceptual(images.clamp(-1, 1), decoded.clamp(-1, 1)).sum()
+            sums[4] += len(rows)
             bar.update(len(rows))
     store.mark_skipped(np.intersect1d(share, store.missing()))
     total = all_reduce_sum(sums, processes).tolist()
-    figures = {name: value / total[3] for name, value in zip(("psnr", "ssim", "lpips"), total)} | {"images": int(total[3])}
+    names = "psnr", "ssim", "ssim_full_range", "lpips"
+    figures = {name: value / total[4] for name, value in zip(names, total)} | {"images": int(total[4])}
     figures |= usage.figures(tokenizer.quantizer.streams(config.streams), processes)
     figures["perceptual_net"] = config.perceptual.perceptual_net
     if processes.is_main:
@@ -95,8 +108,8 @@ def main() -> None:
     set_up_logging(processes)
     source = open_images(config.images.data_path)
     check_writable(config.out.parent, "--out")
-    size = config.images.image_size
-    dataset = ImageDataset(source, size)
+    size = config.image_size_eval or config.images.image_size
+    dataset = ImageDataset(source, config.images.image_size)
     tokenizer = open_tokenizer(config, processes)
     # A whole set takes minutes and every figure needs every image: an interrupted run starts over.
     store = ImageStore(config.out, (len(source), size, size, 3),
