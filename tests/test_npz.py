@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHAPE = (10, 4, 5, 3)
 IDENTITY = {"seed": 0, "scale": [1.5, 2.0]}
 ALONE = Processes(0, 1, 0, torch.device("cpu"))
+IMPORTS = "import os, sys, numpy as np; from pathlib import Path; from utils.image_store import ImageStore\n"
 
 
 def pixels(count: int = 10) -> np.ndarray:
@@ -127,8 +128,7 @@ def test_images_are_written_before_they_are_marked(tmp_path: Path, monkeypatch: 
 
 def test_a_crash_costs_only_what_was_not_written(tmp_path: Path) -> None:
     """The same command after a crash carries on: finished rows are hours of a GPU."""
-    code = ("import os, sys, numpy as np; from pathlib import Path; from utils.image_store import ImageStore\n"
-            "store = ImageStore(Path(sys.argv[1]), (10, 4, 5, 3), {'seed': 0, 'scale': (1.5, 2.0)})\n"
+    code = IMPORTS + ("store = ImageStore(Path(sys.argv[1]), (10, 4, 5, 3), {'seed': 0, 'scale': (1.5, 2.0)})\n"
             "store.write(np.arange(2, 6), np.full((4, 4, 5, 3), 7, np.uint8)); store.mark_skipped(np.array([8]))\n"
             "os.kill(os.getpid(), 9)")
     path = tmp_path / "out.npz"
@@ -145,8 +145,7 @@ def test_a_crash_costs_only_what_was_not_written(tmp_path: Path) -> None:
 
 def test_two_processes_write_one_store(tmp_path: Path) -> None:
     """Every rank opens the same store, at the same time and uncreated, and writes its rows straight into it."""
-    code = ("import sys, numpy as np; from pathlib import Path; from utils.image_store import ImageStore\n"
-            "rank = int(sys.argv[2]); store = ImageStore(Path(sys.argv[1]), (400, 4, 5, 3), {'seed': 0})\n"
+    code = IMPORTS + ("rank = int(sys.argv[2]); store = ImageStore(Path(sys.argv[1]), (400, 4, 5, 3), {'seed': 0})\n"
             "for row in range(rank, 400, 2):\n"
             "    store.write(np.array([row]), np.full((1, 4, 5, 3), row % 251, np.uint8))")
     path = tmp_path / "out.npz"

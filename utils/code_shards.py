@@ -44,9 +44,9 @@ class CodeWriter:
     """Creates or continues a code folder; every process of a group opens its own writer on the same folder."""
 
     def __init__(self, folder: Path, header: CodeHeader, labels: np.ndarray, create: bool) -> None:
-        """labels: [images]; create: make the files if they are missing, in one process before the others open them.
+        """labels: [images]; create: make missing files, in one process before the others open them.
 
-        Raises UserError when the folder holds codes made otherwise.
+        Raises UserError when the folder holds codes made with other options.
         """
         self.folder, self.header = folder, header
         shape = header.images, header.crops, len(header.codebook_sizes), header.grid_size**2
@@ -79,7 +79,7 @@ class CodeWriter:
         self.state[rows] = DONE
 
     def mark_unreadable(self, rows: np.ndarray) -> None:
-        """Note rows [n] whose images could not be read; readers leave them out."""
+        """Mark rows [n] whose images could not be read; `CodeDataset` leaves them out."""
         self.state[rows] = UNREADABLE
 
     def finish(self) -> int:
@@ -102,9 +102,9 @@ def read_header(folder: str | Path, option: str = "--code-path") -> CodeHeader:
 
 def require_fit(header: CodeHeader, folder: str | Path, expected: dict[str, tuple[Any, str]],
                 option: str = "--code-path") -> None:
-    """Raise UserError, naming both values, when a field of the header is not what the model expects.
+    """Raise UserError when a field of the header is not what the model expects.
 
-    expected: {header field: (value, what set it)}; option: what named the folder.
+    expected: {header field: (value, which option or file says so)}; option: the flag that named the folder.
     """
     for field, (value, source) in expected.items():
         seen = getattr(header, field)

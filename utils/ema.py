@@ -12,7 +12,7 @@ from utils.distributed import local_shard
 class EMA:
     """Averages of all parameters; buffers are taken from the model.
 
-    decay: of one step; early steps use min(decay, (1 + n) / (10 + n)) so that the start is forgotten.
+    decay: per step; step n uses min(decay, (1 + n) / (10 + n)), so that the initial weights soon lose their influence.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -22,7 +22,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the parameters after `step`."""
+        """Move the averages towards the parameters after `step`."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_([local_shard(a) for a in self.averages.values()],
                              [local_shard(p.detach()) for p in self.parameters.values()], weight)
@@ -49,6 +49,6 @@ class EMA:
         return self.averages
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take averages over, in place."""
+        """Copy loaded averages into these, in place."""
         for name, average in self.averages.items():
             local_shard(average).copy_(local_shard(state[name]))

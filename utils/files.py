@@ -12,7 +12,7 @@ from utils.config import UserError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to, which takes its place when the block ends: a reader never finds half a file."""
+    """A file beside `path` to write to, renamed to `path` when the block ends: a reader never finds half a file."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield aside

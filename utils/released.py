@@ -28,7 +28,7 @@ from utils.files import check_exists, replacing
 
 CONTAINERS = ("ema", "model", "module", "state_dict")  # averaged weights first, as LlamaGen samples from them
 WRAPPERS = ("module.", "_orig_mod.")                   # of DistributedDataParallel and torch.compile
-USAGE_LENGTH = 65_536  # of the usage buffers, which hold the codes of recent batches and no weights
+USAGE_LENGTH = 65_536  # of a usage buffer, which holds the codes of recent batches, not weights
 
 # (published key, our key); each {} stands for one number, the same on both sides.
 Table = list[tuple[str, str]]
@@ -96,12 +96,12 @@ def to_released(kind: Kind, ours: dict[str, Tensor], what: str) -> dict[str, Ten
 
 
 def count(keys: Iterable[str], pattern: str) -> int:
-    """How many different numbers the group of `pattern` matches; gaps among them show later, as missing keys."""
+    """How many different numbers the group of `pattern` matches; a gap among them is found later as a missing key."""
     return len({match[1] for key in keys if (match := re.match(pattern, key))})
 
 
 def require(tensors: dict[str, Tensor], key: str, what: str, dimensions: int) -> Tensor:
-    """A tensor that the shape is read from; raises UserError where it is missing or of other dimensions."""
+    """A tensor whose shape tells the model's; raises UserError where it is missing or has other dimensions."""
     if key not in tensors:
         raise UserError(f"{what} lacks the key {key}: give a file of this KIND.")
     if tensors[key].ndim != dimensions:

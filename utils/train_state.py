@@ -30,7 +30,7 @@ class TrainState:
         return state | ({"ema": self.ema.state_dict()} if self.ema else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a loaded state."""
+        """Restore a loaded state."""
         set_model_state_dict(self.model, state["model"])
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
         if self.ema:

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from utils.checkpoint import export
 from utils.classifier import ClassifierConfig, SmallClassifier
@@ -26,7 +25,7 @@ from utils.distributed import Processes, setup
 from utils.files import check_writable
 from utils.image_dataset import CropDataset, collate_crops
 from utils.images import ImageSource, open_images
-from utils.run import set_up_logging
+from utils.run import progress, set_up_logging
 
 log = logging.getLogger("classifier")
 
@@ -81,7 +80,7 @@ def train(config: ClassifierTrainConfig, processes: Processes) -> SmallClassifie
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.05)
     steps = config.epochs * max(len(images) // config.batch_size, 1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps)
-    bar = tqdm(total=steps, desc="classifier", dynamic_ncols=True, mininterval=1.0)
+    bar = progress(steps, "classifier", "it", processes)
     for _ in range(config.epochs):
         order = np.random.default_rng([config.seed, bar.n]).permutation(len(images))
         for first in range(0, max(len(order) - config.batch_size + 1, 1), config.batch_size):
