@@ -19,7 +19,7 @@ class OptimOptions:
     lr: NonNegative = 1e-4
     """Learning rate, reached after --warmup-steps."""
     lr_end: NonNegative = 0.0
-    """Learning rate at the last step of the cosine schedule; typed, it selects that schedule."""
+    """Learning rate at the last step of the cosine schedule; given above 0, it selects that schedule."""
     lr_schedule: Annotated[str, choices(("constant", "cosine"))] = "constant"
     """Schedule after warm-up."""
     warmup_steps: Count = 0
