@@ -8,6 +8,7 @@ shows them, and `check_options` checks all of them before anything else happens.
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import sys
@@ -189,6 +190,10 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
         sys.stdout.flush()
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            # Threads of gloo now and then abort the interpreter while it shuts down, which torchrun takes for a failed run.
+            logging.shutdown()
+            os._exit(0)
     except UserError as error:
         # A loader process hands its error over wrapped in a traceback, whose last line is the sentence.
         sentence = str(error).strip().splitlines()[-1].removeprefix("utils.config.UserError: ")

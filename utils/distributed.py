@@ -43,7 +43,8 @@ class Processes:
             dist.barrier()
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group, all processes together."""
+        self.barrier()
         if dist.is_initialized():
             dist.destroy_process_group()
 
