@@ -188,8 +188,10 @@ def require_multiple(option: str, value: int, divisor: int, of: str) -> None:
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry point; a UserError becomes one line on standard error and exit code 2, never a traceback."""
     try:
-        main()
-        sys.stdout.flush()
+        try:
+            main()
+        finally:  # also when --help has left by SystemExit: a broken pipe is met here and not at the interpreter's end
+            sys.stdout.flush()
         if os.environ.get("WORLD_SIZE", "1") != "1":
             # Threads of gloo now and then abort the interpreter while it shuts down, which torchrun takes for a failed run.
             logging.shutdown()
