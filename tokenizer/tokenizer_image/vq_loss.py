@@ -1,7 +1,8 @@
 """Losses of the tokenizer (equations 7 to 10): reconstruction, perceptual, adversarial, codebook and commitment.
 
 `RECIPES` says which terms a stage uses: the paper's, or those of the released code, which adds LPIPS to stage 2 and the
-adversarial term to stage 1.  Functions return losses and metrics; nothing here logs.
+adversarial term to stage 1.  Under "equal" all stages and quantizers have the same terms, so that a comparison of codebooks
+(tables 4 and 7) is not one of losses.  Functions return losses and metrics; nothing here logs.
 
 Deviation from the release: the non-saturating losses have input and target in the right order, so that fakes teach the
 discriminator.
@@ -33,6 +34,9 @@ RECIPES: dict[tuple[str, str], LossWeights] = {
     ("released", "dual"):     LossWeights(1.0, 1.0, 0.5),
     ("paper", "single"):      LossWeights(1.0, 1.0, 0.5),   # LlamaGen
     ("released", "single"):   LossWeights(1.0, 1.0, 0.5),
+    ("equal", "semantic"):    LossWeights(1.0, 1.0, 0.5),
+    ("equal", "dual"):        LossWeights(1.0, 1.0, 0.5),
+    ("equal", "single"):      LossWeights(1.0, 1.0, 0.5),
 }
 
 
@@ -49,6 +53,7 @@ class Procedure:
 PROCEDURES: dict[str, Procedure] = {
     "paper": Procedure(True, False, False, False),     # the paper leaves all four open
     "released": Procedure(False, True, True, True),
+    "equal": Procedure(True, False, False, False),
 }
 
 

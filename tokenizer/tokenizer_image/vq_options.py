@@ -58,7 +58,8 @@ class LossOptions:
     """What the tokenizer is trained for (`vq_loss.py`)."""
 
     recipe: Annotated[str, choices(dict.fromkeys(name for name, _ in RECIPES))] = "paper"
-    """Loss weights (the next three) and procedure: equations 7 to 10 as printed, or those of the released code."""
+    """Loss weights (the next three) and procedure: equations 7 to 10 as printed, those of the released code, or the same
+    terms in every stage (to compare codebooks)."""
     pixel_weight: NonNegative = 1.0
     """Weight of the squared error of pixels."""
     perceptual_weight: NonNegative = 1.0
@@ -81,10 +82,11 @@ class LossOptions:
 class CodebookOptions:
     """Care of codebooks on small data; off by default, as in the paper."""
 
-    codebook_init: Literal["uniform", "kmeans"] = "uniform"
-    """Start of the codebook that this stage introduces; kmeans also whitens the latents of a fresh encoder."""
+    codebook_init: Literal["uniform", "whitened", "kmeans"] = "uniform"
+    """Start of the codebook that this stage introduces: uniform on the sphere; whitened: also spread the latents of a fresh
+    encoder over it; kmeans: also move the codes onto their centres."""
     kmeans_vectors: Positive = 65_536
-    """Vectors that k-means sees."""
+    """Latents that whitening and k-means see."""
     revive_every: Count = 0
     """Steps between revivals of codes that were never chosen, until 80% of the training; 0: never."""
 

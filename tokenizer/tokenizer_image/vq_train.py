@@ -167,7 +167,7 @@ def open_datasets(config: VQTrainConfig) -> tuple[ImageDataset, ImageDataset]:
 
 @torch.no_grad()
 def introduce_codebook(model: VQModel, dataset: ImageDataset, config: VQTrainConfig, processes: Processes) -> None:
-    """k-means start of the codebooks that this stage adds: on whitened latents, or on residuals (stage 2)."""
+    """Whitened latents for a fresh encoder; k-means start of the codebooks that this stage adds, where asked for."""
     per_image = (config.images.image_size // model.config.downsampling) ** 2
     count = min(len(dataset), -(-config.codebook.kmeans_vectors // per_image))
     rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.run.seed))[:count].tolist()
@@ -176,7 +176,7 @@ def introduce_codebook(model: VQModel, dataset: ImageDataset, config: VQTrainCon
     if config.stage != "dual" and not config.init_from:
         whiten_projection(model.quant_conv, encoded, processes)
     introduced = {"semantic": [0], "dual": [1], "single": range(len(model.config.codebook_sizes))}
-    for stream in introduced[config.stage]:
+    for stream in introduced[config.stage] if config.codebook.codebook_init == "kmeans" else ():
         vectors = model.quantizer.residuals(model.quant_conv(encoded), stream)
         initialise_codebook(model.quantizer, stream, vectors, config.run.seed, processes)
 
@@ -313,7 +313,7 @@ def train(config: VQTrainConfig, processes: Processes) -> None:
                        options=to_dict(config), fixed=FIXED_OPTIONS)
     run = Run(config.run, record, processes, plan.total_steps)
     first_step = run.resume(training)
-    if first_step == 0 and config.codebook.codebook_init == "kmeans":
+    if first_step == 0 and config.codebook.codebook_init != "uniform":
         introduce_codebook(training.model, training_set, config, processes)
     batches = GlobalBatches(len(training_set), plan, processes.rank, config.run.seed, first_step)
     loader = iter(train_loader(training_set, batches, config.images.num_workers))
