@@ -91,7 +91,8 @@ def describe_gpt(kind: Kind, config: ReleasedConfig, tensors: dict[str, Tensor],
     model = to_dict(from_dict(kind.config, fields | parse_model_args(config.model_args)))
     build(kind, model)
     streams = len(model["codebook_sizes"])
-    preset = sampling_preset(name, streams, model["grid_size"]) or sampling_preset("GPT-B", streams, 16)
+    preset = (sampling_preset(name, streams, model["grid_size"], "released")
+              or sampling_preset("GPT-B", streams, 16, "released"))
     log.info("samplers will guide with %s unless told otherwise", preset)
     return {"model": model, "gpt_model": name, "tokenizer": "", "image_size": DOWNSAMPLING * model["grid_size"],
             "sampling": preset}

@@ -154,7 +154,7 @@ def test_every_container_is_read(tmp_path, container):
         logits = gpt(io["cond_idx"], torch.stack([io["semantic"], io["detail"]], dim=1))
     np.testing.assert_allclose(logits[1], io["logits_2"], atol=1e-4)
     assert gpt.config.rotary == "repeated" and gpt.config.head_rotary == "zero_summary"
-    assert gpt.provenance.sampling == {"guidance": "attention", "cfg_scale": [1.75, 2.5], "cfg_attention_weight": 0.05}
+    assert gpt.provenance.sampling == {"guidance": "attention", "cfg_scale": [1.75, 2.5], "cfg_attention_weight": 0.1}
 
 
 def test_export_gives_back_the_published_file(tmp_path):

@@ -6,8 +6,8 @@ them.  Any number of processes write rows in place; an interrupted extraction ca
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,16 @@ def read_header(folder: str | Path, option: str = "--code-path") -> CodeHeader:
     return header
 
 
+def read_joint_header(folders: Sequence[Path], option: str = "--code-path") -> CodeHeader:
+    """The header of several folders that hold different crops of the same images; raises UserError where they do not."""
+    first, *others = (read_header(folder, option) for folder in folders)
+    for folder, other in zip(folders[1:], others):
+        as_first = replace(other, crops=first.crops, augmentation=first.augmentation)
+        require_same(asdict(as_first), asdict(first), f"{option} {folder} was extracted with",
+                     f"give folders of the same images and tokenizer as {folders[0]}, which differ in their crops alone")
+    return first
+
+
 def require_fit(header: CodeHeader, folder: str | Path, expected: dict[str, tuple[Any, str]],
                 option: str = "--code-path") -> None:
     """Raise UserError when a field of the header is not what the model expects.
@@ -116,16 +126,22 @@ def require_fit(header: CodeHeader, folder: str | Path, expected: dict[str, tupl
 class CodeDataset(Dataset[tuple[Tensor, Tensor]]):
     """Codes and labels straight from the memory map; items are addressed as (epoch, index) batches.
 
-    The crop of image i in epoch e comes from (seed, e, i) alone.
+    The crop of image i in epoch e comes from (seed, e, i) alone, among the crops of all folders.
     """
 
-    def __init__(self, folder: str | Path, seed: int = 0, transform: Callable[[np.ndarray], np.ndarray] | None = None) -> None:
-        """transform: codes [B, C, N] -> the codes that the GPT sees [B, C', N], as `CodeMap.apply`."""
-        folder = Path(folder)
+    def __init__(self, *folders: str | Path, seed: int = 0, transform: Callable[[np.ndarray], np.ndarray] | None = None) -> None:
+        """folders: other crops of the same images; transform: codes [B, C, N] -> those the GPT sees [B, C', N], `CodeMap.apply`.
+
+        Raises UserError when the folders have other labels.
+        """
         self.seed, self.transform = seed, transform
-        self.codes = np.load(folder / "codes.npy", mmap_mode="r")
-        self.rows = np.flatnonzero(np.load(folder / "state.npy") == DONE)
-        self.labels = np.load(folder / "labels.npy")
+        self.codes = [np.load(Path(folder) / "codes.npy", mmap_mode="r") for folder in folders]
+        self.ends = np.cumsum([codes.shape[1] for codes in self.codes])  # of each folder's crops among all
+        self.rows = np.flatnonzero(np.all([np.load(Path(folder) / "state.npy") == DONE for folder in folders], axis=0))
+        self.labels, *others = (np.load(Path(folder) / "labels.npy") for folder in folders)
+        for folder, labels in zip(folders[1:], others):
+            if not np.array_equal(labels, self.labels):
+                raise UserError(f"--code-path {folder} has other labels than {folders[0]}: give codes of the same images.")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -135,8 +151,11 @@ class CodeDataset(Dataset[tuple[Tensor, Tensor]]):
         epochs, indices = np.array(items).T
         rows = self.rows[indices]
         # A counter-based hash instead of a generator per item: this runs for every image of every step.
-        crops = _mix(epochs + self.seed * 1_000_003, indices) % self.codes.shape[1]
-        codes = self.codes[rows, crops].astype(np.int64)
+        crops = _mix(epochs + self.seed * 1_000_003, indices) % self.ends[-1]
+        codes = np.empty((len(rows), *self.codes[0].shape[2:]), np.int64)
+        for part, end in zip(self.codes, self.ends):
+            here = (crops >= end - part.shape[1]) & (crops < end)
+            codes[here] = part[rows[here], crops[here] - (end - part.shape[1])]
         if self.transform is not None:
             codes = self.transform(codes)
         return torch.from_numpy(np.ascontiguousarray(codes)), torch.from_numpy(self.labels[rows])

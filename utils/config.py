@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
@@ -135,7 +135,9 @@ def _blank(config: type[T], missing: Any = tyro.MISSING) -> T:
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             nested = isinstance(field.type, type) and dataclasses.is_dataclass(field.type)
-            values[field.name] = _blank(field.type, missing) if nested else missing  # type: ignore[arg-type]
+            several = get_origin(field.type) is tuple and missing is not tyro.MISSING
+            absent = (missing,) if several else missing
+            values[field.name] = _blank(field.type, missing) if nested else absent  # type: ignore[arg-type]
     return config(**values)
 
 

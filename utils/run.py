@@ -22,7 +22,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from utils.checkpoint import RunRecord, exported_step, latest_checkpoint, load_checkpoint, save_checkpoint
-from utils.config import Count, Device, Positive, Seed, UserError
+from utils.config import Count, Device, NonNegative, Positive, Seed, UserError
 from utils.distributed import Processes, all_reduce_sum
 from utils.files import check_writable, replacing, write_json
 from utils.train_state import TrainState
@@ -46,6 +46,8 @@ class RunOptions:
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: Positive = 2
     """Checkpoints kept; older ones are removed."""
+    keep_every: NonNegative = 0.0
+    """Epochs between models that are exported for good, to snapshots/epoch-0050 and so on; 0: none."""
 
 
 def set_up_logging(processes: Processes, file: Path | None = None) -> None:
@@ -180,6 +182,14 @@ class Run:
     def due(self, every: int, step: int) -> bool:
         """True after every `every`-th step and after the last; `every` 0: only after the last."""
         return step + 1 == self.total_steps or (every > 0 and (step + 1) % every == 0)
+
+    def snapshot(self, step: int, steps_per_epoch: int) -> Path | None:
+        """Where the model after `step` is kept for good; None where no multiple of --keep-every epochs ends with it."""
+        every = self.options.keep_every * steps_per_epoch
+        if every <= 0 or (passed := int((step + 1) / every + 1e-9)) == int(step / every + 1e-9):
+            return None
+        epoch = passed * self.options.keep_every
+        return self.folder / "snapshots" / (f"epoch-{epoch:04.0f}" if epoch == int(epoch) else f"epoch-{epoch:07.2f}")
 
     def checkpoint(self, step: int, training: TrainState) -> None:
         """Save `training` as it is after `step`."""

@@ -7,6 +7,7 @@ may differ in the last bits between batch sizes; in bfloat16 that can change a d
 Errors are ValueErrors that begin with the field they are about; whoever reads a command line names the flag.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, TypeVar
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from autoregressive.models.attention import KVCache
 from autoregressive.models.gpt import GPT
-from autoregressive.models.guidance import CFG_RANGES, GUIDANCE, guide
+from autoregressive.models.guidance import CFG_RANGES, GUIDANCE, Scale, guide
 from autoregressive.models.packing import packed_linears
 from autoregressive.models.paradigms import DecodeState
 from utils.config import Count, NonNegative, Seed, choices, interval
@@ -35,7 +36,7 @@ class SamplingOptions:
     """Guidance scale: one value, START END, or START END of the semantic then of the detail stream; 1: no guidance.
     Empty: what the checkpoint carries, by table 12 or LlamaGen's scales."""
     cfg_attention_weight: NonNegative = 0.05
-    """w of the attention schedule (released range 0.05 to 0.1)."""
+    """w of the attention schedule (paper 0.05, released sampler 0.1)."""
     cfg_interval: Annotated[int, interval(int, -1)] = -1
     """Guide trunk steps 0 to this plus one only, as LlamaGen counts; -1 guides all."""
     temperature: tuple[NonNegative, ...] = (1.0,)
@@ -160,9 +161,13 @@ class Sampler:
         if -1 < self.options.cfg_interval < step - 1:  # LlamaGen counts from the second token on
             return conditional
         a = 0.0 if attention is None else attention[: len(conditional), None]      # [B, 1]
+        return guide(conditional, unconditional, self.scale(stream, step, a))
+
+    def scale(self, stream: int, step: int, attention: Scale) -> Scale:
+        """The guidance scale of a trunk step, a number or of the shape of `attention`, that of the conditional rows."""
         start, end = self.ranges[stream]
         progress = self.guidance.progress(step, self.steps)
-        return guide(conditional, unconditional, self.guidance.scale(start, end, progress, a, self.options.cfg_attention_weight))
+        return self.guidance.scale(start, end, progress, attention, self.options.cfg_attention_weight)
 
 
 @dataclass
@@ -175,11 +180,15 @@ class Decoding:
     x: Tensor  # the next trunk input [B, D], or conditional rows before unconditional ones [2B, D]
 
 
-def start_decoding(gpt: GPT, labels: Tensor, options: SamplingOptions, uniforms: Tensor) -> Decoding:
-    """Caches and the class token: labels [B]; uniforms [B, C, N] from `draw_uniforms`."""
+def start_decoding(gpt: GPT, labels: Tensor, options: SamplingOptions, uniforms: Tensor,
+                   record_attention: bool = False) -> Decoding:
+    """Caches and the class token: labels [B]; uniforms [B, C, N] from `draw_uniforms`.
+
+    record_attention: keep the attention to the class token also where the schedule does not read it.
+    """
     sampler = Sampler(gpt, options, uniforms.to(labels.device))
     rows = torch.cat([labels, torch.full_like(labels, gpt.null_class)]) if sampler.guided else labels
-    cache = gpt.new_cache(len(rows), record_condition=sampler.needs_attention)
+    cache = gpt.new_cache(len(rows), record_condition=sampler.needs_attention or record_attention)
     return Decoding(sampler, cache, gpt.paradigm.new_state(len(rows)), gpt.class_token(rows))
 
 
@@ -192,18 +201,25 @@ def decode_step(gpt: GPT, decoding: Decoding) -> None:
 
 
 @torch.inference_mode()
+def decode_steps(gpt: GPT, labels: Tensor, options: SamplingOptions, uniforms: Tensor,
+                 record_attention: bool = False) -> Iterator[Decoding]:
+    """`generate` step by step: the same decoding after every trunk step, for those who look at it on the way."""
+    classes = gpt.config.num_classes
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(f"labels go from {int(labels.min())} to {int(labels.max())} but the GPT knows classes 0 to "
+                         f"{classes - 1}.")
+    decoding = start_decoding(gpt, labels, options, uniforms, record_attention)
+    with packed_linears(gpt, len(decoding.x)):
+        while decoding.state.step < gpt.paradigm.num_steps:
+            decode_step(gpt, decoding)
+            yield decoding
+
+
 def generate(gpt: GPT, labels: Tensor, options: SamplingOptions, uniforms: Tensor) -> Tensor:
     """Draw one grid of codes for each label.
 
     labels: [B] in [0, num_classes); uniforms: [B, C, N] from `draw_uniforms`.  Returns codes [B, C, N] int64.  Raises
     ValueError for labels or options that do not fit the GPT.
     """
-    classes = gpt.config.num_classes
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise ValueError(f"labels go from {int(labels.min())} to {int(labels.max())} but the GPT knows classes 0 to "
-                         f"{classes - 1}.")
-    decoding = start_decoding(gpt, labels, options, uniforms)
-    with packed_linears(gpt, len(decoding.x)):
-        while decoding.state.step < gpt.paradigm.num_steps:
-            decode_step(gpt, decoding)
-    return decoding.state.codes[: len(labels)]
+    *_, last = decode_steps(gpt, labels, options, uniforms)
+    return last.state.codes[: len(labels)]

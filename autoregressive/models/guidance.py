@@ -93,14 +93,19 @@ CFG_RANGES: dict[tuple[int, str, int], tuple[float, float]] = {
 }
 
 
-def sampling_preset(gpt_model: str, streams: int, grid_size: int) -> dict[str, Any]:
+# w of the attention schedule: the paper's text, and the released sampler.
+ATTENTION_WEIGHT = {"paper": 0.05, "released": 0.1}
+
+
+def sampling_preset(gpt_model: str, streams: int, grid_size: int, recipe: str = "paper") -> dict[str, Any]:
     """Fields of SamplingOptions that a checkpoint carries, so that sampling from it needs no flags.
 
-    gpt_model: size of the table; streams: number of codebooks.  Empty for a size without a published range.
+    gpt_model: size of the table; streams: number of codebooks; recipe: of ATTENTION_WEIGHT.  Empty for a size without a
+    published range.
     """
     if (streams, gpt_model, grid_size) not in CFG_RANGES:
         return {}
     start, end = CFG_RANGES[streams, gpt_model, grid_size]
     if start == end:
         return {"guidance": "constant", "cfg_scale": [start], "cfg_interval": -1}
-    return {"guidance": "attention", "cfg_scale": [start, end], "cfg_attention_weight": 0.05}
+    return {"guidance": "attention", "cfg_scale": [start, end], "cfg_attention_weight": ATTENTION_WEIGHT[recipe]}

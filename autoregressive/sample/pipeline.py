@@ -118,11 +118,24 @@ class Pipeline:
     @torch.inference_mode()
     def sample(self, labels: np.ndarray, samples: np.ndarray) -> np.ndarray:
         """Draw images uint8 [B, S, S, 3] of class ids [B]; samples: their global indices [B], which fix the randomness."""
-        codes = self.sample_codes(torch.from_numpy(labels).to(self.device), samples)
+        return self.decode(self.sample_codes(torch.from_numpy(labels).to(self.device), samples))
+
+    @torch.inference_mode()
+    def decode(self, codes: Tensor) -> np.ndarray:
+        """Codes of the tokenizer [B, C, N] -> images uint8 [B, S, S, 3]."""
         images = self.tokenizer.decode_codes(codes.unflatten(-1, (self.gpt.config.grid_size,) * 2))
         if self.image_size_eval:
             images = F.interpolate(images, size=(self.image_size_eval,) * 2, mode="bicubic")
         return to_uint8(images).cpu().numpy()
+
+
+def check_classes(classes: tuple[int, ...], names: tuple[str, ...], pipeline: Pipeline) -> list[str]:
+    """A caption for every class id; raises UserError for an unknown class, or as many names as there are not classes."""
+    if names and len(names) != len(classes):
+        raise UserError(f"--class-names has {len(names)} names for the {len(classes)} --classes.")
+    if (highest := max(classes)) >= pipeline.num_classes:
+        raise UserError(f"--classes {highest} is out of range: the model knows classes 0 to {pipeline.num_classes - 1}.")
+    return list(names) or [f"class {value}" for value in classes]
 
 
 def check_sampling(sampling: SamplingOptions, gpt: GPT) -> None:

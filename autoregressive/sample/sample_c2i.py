@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from autoregressive.models.ctf import FineOptions
 from autoregressive.models.generate import SamplingOptions
-from autoregressive.sample.pipeline import ModelOptions, Pipeline, carried_options
+from autoregressive.sample.pipeline import ModelOptions, Pipeline, carried_options, check_classes
 from utils.config import Count, Positive, UserError, parse, run_main
 from utils.distributed import setup
 from utils.files import check_writable
@@ -49,16 +49,12 @@ def main() -> None:
     check_writable(config.out.parent, "--out")
     if config.out.suffix.lower() != ".png":
         raise UserError(f"--out {config.out} must end in .png.")
-    if config.class_names and len(config.class_names) != len(config.classes):
-        raise UserError(f"--class-names has {len(config.class_names)} names for the {len(config.classes)} --classes.")
     pipeline = Pipeline(config.models, config.sampling, config.fine, processes.device)
-    if (highest := max(config.classes)) >= pipeline.num_classes:
-        raise UserError(f"--classes {highest} is out of range: the model knows classes 0 to {pipeline.num_classes - 1}.")
+    names = check_classes(config.classes, config.class_names, pipeline)
     labels = np.repeat(np.array(config.classes), config.per_class)
     images = [pipeline.sample(labels[first : first + config.batch_size],
                               np.arange(first, min(first + config.batch_size, len(labels))))
               for first in tqdm(range(0, len(labels), config.batch_size), desc="sample", unit="batches")]
-    names = list(config.class_names) or [f"class {value}" for value in config.classes]
     image_grid(np.concatenate(images), config.per_class, rows=names, scale=max(1, 64 // pipeline.image_size)).save(config.out)
     log.info("wrote %s", config.out)
     processes.close()

@@ -1,16 +1,17 @@
 """Options of GPT training: table 11's recipes, and the model that options and codes describe."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from autoregressive.models.gpt import GPT_models
+from autoregressive.models.guidance import ATTENTION_WEIGHT
 from autoregressive.models.losses import ObjectiveOptions
 from autoregressive.models.paradigms import PARADIGMS
 from autoregressive.models.transformer import GPTConfig
 from utils.batches import BatchOptions
 from utils.code_map import CodeMap, load_code_map
-from utils.code_shards import CodeHeader, read_header, require_fit
+from utils.code_shards import CodeHeader, read_joint_header, require_fit
 from utils.config import Count, Fraction, Positive, Probability, UserError, Values, choices, flag, require_multiple
 from utils.optim import OptimOptions, typed_schedule
 from utils.run import RunOptions
@@ -20,8 +21,9 @@ from utils.run import RunOptions
 class CodeOptions:
     """Which codes to train on."""
 
-    code_path: Path
-    """Folder written by extract_codes_c2i.py."""
+    code_path: tuple[Path, ...]
+    """Folders written by extract_codes_c2i.py for the same images (say, ten-crops of range 1.1 and 1.05): crops are drawn from
+    all of them."""
     code_map: str = ""
     """Code map written by rearrange.py, applied while reading: IAR's new order, CTF's coarse or (coarse, fine) labels."""
     val_code_path: str = ""
@@ -97,6 +99,8 @@ class TrainConfig:
     parallel: ParallelOptions
     batch: BatchOptions = field(default_factory=lambda: BatchOptions(epochs=300, global_batch_size=256))
     optim: OptimOptions = field(default_factory=lambda: OptimOptions(weight_decay=0.05))
+    recipe: Annotated[str, choices(ATTENTION_WEIGHT)] = "paper"
+    """IAR2's learning rates, λ_s and w of the guidance: table 11 and the paper's text, or the released trainers and sampler."""
     init_from: str = ""
     """gpt.safetensors or run folder whose weights start this run, of the same shape; the grid may differ."""
     dry_run: bool = False
@@ -143,6 +147,16 @@ RECIPES: dict[tuple[int, str, int], Recipe] = {
 }
 
 
+def released(row: Recipe, size: str, sharded: bool) -> Recipe:
+    """What IAR2's released trainers do instead of a row of table 11: one schedule for DDP, another for FSDP, for every size.
+
+    λ_s is 1, and 2 for L in the release's README.  Batch and epochs, which are typed there, stay the row's.
+    """
+    lr, lr_end = (3e-4, 1e-4) if sharded else (1.5e-4, 5e-5)
+    return replace(row, lr=lr, lr_end=lr_end, semantic_weight=2.0 if size == "GPT-L" else 1.0,
+                   data_parallel="fsdp" if sharded else "ddp")
+
+
 def recipe(config: TrainConfig) -> dict[str, Any]:
     """Defaults for the codebooks, size and grid that the command line names: a row of RECIPES, the run's folder."""
     options = config.gpt
@@ -153,6 +167,8 @@ def recipe(config: TrainConfig) -> dict[str, Any]:
     codebooks = 1 if code_map and code_map.coarse else len(codebook_sizes)
     row = RECIPES.get((codebooks, size, options.image_size // options.downsample_size))
     defaults: dict[str, Any] = {"run_dir": Path(f"runs/{options.gpt_model}-{options.image_size}")}
+    if row and codebooks == 2 and config.recipe == "released":
+        row = released(row, size, config.parallel.sharded or size == "GPT-XXL")
     if row:
         defaults |= asdict(row) | {"lr_schedule": "cosine" if row.lr_end else "constant"}
     return defaults | typed_schedule(config.optim)
@@ -160,7 +176,7 @@ def recipe(config: TrainConfig) -> dict[str, Any]:
 
 def mapped_header(options: CodeOptions) -> tuple[CodeHeader, CodeMap | None]:
     """The header of the codes as the GPT will see them, and the map that makes them so."""
-    header = read_header(options.code_path)
+    header = read_joint_header(options.code_path)
     if not options.code_map:
         return header, None
     code_map = load_code_map(options.code_map)
@@ -169,7 +185,7 @@ def mapped_header(options: CodeOptions) -> tuple[CodeHeader, CodeMap | None]:
 
 def known_codes(config: TrainConfig) -> tuple[tuple[int, ...], CodeMap | None]:
     """Codebook sizes as the GPT will see them, and the code map; IAR2's sizes where there are no codes (a dry run)."""
-    if (config.codes.code_path / "header.json").exists():
+    if all((folder / "header.json").exists() for folder in config.codes.code_path):
         header, code_map = mapped_header(config.codes)
         return config.gpt.codebook_sizes or tuple(header.codebook_sizes), code_map
     code_map = load_code_map(config.codes.code_map) if config.codes.code_map else None
@@ -211,7 +227,7 @@ def gpt_config(options: GPTOptions, codebook_sizes: tuple[int, ...], code_map: C
 def check_codes(config: TrainConfig, model: GPTConfig, header: CodeHeader) -> None:
     """Raise UserError for codes that do not fit the model, or clusters that do not divide the codebook."""
     wanted = list(config.gpt.codebook_sizes or header.codebook_sizes)
-    require_fit(header, config.codes.code_path, {
+    require_fit(header, " ".join(map(str, config.codes.code_path)), {
         "codebook_sizes": (wanted, "--codebook-sizes"),
         "grid_size": (model.grid_size, f"--image-size {config.gpt.image_size} / {config.gpt.downsample_size}"),
         "num_classes": (model.num_classes, "--num-classes"),

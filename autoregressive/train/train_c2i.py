@@ -96,7 +96,7 @@ def train_step(gpt: GPT, training: TrainState, loader: Iterator[tuple[Tensor, Te
 
 def provenance(config: TrainConfig, model: GPTConfig, header: CodeHeader, code_map: CodeMap | None) -> GPTProvenance:
     """What the exported file will say about the GPT beside its configuration."""
-    preset = sampling_preset(config.gpt.gpt_model, len(model.codebook_sizes), model.grid_size)
+    preset = sampling_preset(config.gpt.gpt_model, len(model.codebook_sizes), model.grid_size, config.recipe)
     about = GPTProvenance(config.gpt.gpt_model, header.tokenizer, header.image_size, ema=config.optim.ema_decay, sampling=preset)
     if code_map and code_map.coarse:
         about.coarse, about.coarse_of = code_map.coarse, tuple(code_map.table[:, 0].tolist())
@@ -113,11 +113,11 @@ def evaluate_held_out(gpt: GPT, training: TrainState, held_out: CodeDataset, bat
     run.write_evaluation(step, figures)
 
 
-def export_gpt(training: TrainState, run: Run, step: int) -> None:
-    """Write gpt.safetensors, averaged weights where averaging is on."""
+def export_gpt(training: TrainState, run: Run, step: int, folder: Path) -> None:
+    """Write gpt.safetensors into `folder`, averaged weights where averaging is on."""
     with training.averaged():
         tensors: dict[str, Any] = get_model_state_dict(training.model)
-        export(run.folder / "gpt.safetensors", "gpt", tensors, run.record.export | {"step": step}, run.processes)
+        export(folder / "gpt.safetensors", "gpt", tensors, run.record.export | {"step": step}, run.processes)
 
 
 def train(config: TrainConfig, processes: Processes) -> None:
@@ -125,7 +125,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
     header, code_map = mapped_header(config.codes)
     model_config = gpt_config(config.gpt, tuple(header.codebook_sizes), code_map)
     check_codes(config, model_config, header)
-    dataset = CodeDataset(config.codes.code_path, config.run.seed, code_map.apply if code_map else None)
+    dataset = CodeDataset(*config.codes.code_path, seed=config.run.seed, transform=code_map.apply if code_map else None)
     plan = plan_steps(config.batch, len(dataset), processes.world_size)
     about, coarse = provenance(config, model_config, header, code_map), {"coarse": code_map.coarse if code_map else ""}
     record = RunRecord("gpt", model=to_dict(model_config) | {"tokenizer": header.tokenizer} | coarse,
@@ -152,11 +152,13 @@ def train(config: TrainConfig, processes: Processes) -> None:
         run.after_step(step, plan.global_batch, lr=lr)
         if held_out and run.due(config.codes.eval_every, step):
             evaluate_held_out(gpt, training, held_out, plan.micro_batch, config, run, step)
+        if snapshot := run.snapshot(step, plan.steps_per_epoch):  # before the checkpoint: what follows one is not made again
+            export_gpt(training, run, step + 1, snapshot)
         if run.due(config.run.checkpoint_every, step):
             run.checkpoint(step, training)
-            export_gpt(training, run, step + 1)
+            export_gpt(training, run, step + 1, run.folder)
     if run.lacks_export:
-        export_gpt(training, run, plan.total_steps)
+        export_gpt(training, run, plan.total_steps, run.folder)
     run.close()
 
 
