@@ -14,7 +14,8 @@ from autoregressive.models.gpt import GPT
 from autoregressive.sample import sample_c2i, sample_c2i_ddp
 from autoregressive.train import extract_codes_c2i, train_c2i
 from tests.conftest import TINY_GPT, call, command, randomise
-from tests.test_train import extract_options, gpt_options, write_codes
+from tests.test_codes import extract_options, write_codes
+from tests.test_train import gpt_options
 from tokenizer.tokenizer_image import vq_train
 from utils.checkpoint import export
 

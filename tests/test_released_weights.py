@@ -235,7 +235,8 @@ def test_bad_files_are_refused_and_nothing_is_written(capsys, tmp_path, monkeypa
 def test_a_training_checkpoint_can_be_loaded(tmp_path):
     """A long run is looked at before it ends: any step-* folder loads as the exported file does."""
     from autoregressive.train import train_c2i
-    from tests.test_train import gpt_options, write_codes
+    from tests.test_codes import write_codes
+    from tests.test_train import gpt_options
 
     call(train_c2i.main, *gpt_options(write_codes(tmp_path / "codes"), tmp_path / "run"))
     newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]

@@ -21,7 +21,8 @@ from evaluations.c2i.judge import judge
 from scripts.paper import sweep_c2i, table
 from tests.conftest import TINY_VQ, call, command, losses, randomise
 from tests.test_bad_input import refused
-from tests.test_train import TRAIN, gpt_options, write_codes
+from tests.test_codes import write_codes
+from tests.test_train import TRAIN, gpt_options
 from tokenizer.tokenizer_image import rearrange
 from tokenizer.tokenizer_image.quantizer import ProductQuantizer
 from tokenizer.tokenizer_image.vq_model import VQModel

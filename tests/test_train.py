@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,34 +14,23 @@ import pytest
 import torch
 
 from autoregressive.models.gpt import load_gpt
-from autoregressive.train import evaluate_c2i, extract_codes_c2i, train_c2i
+from autoregressive.models.guidance import sampling_preset
+from autoregressive.train import evaluate_c2i, train_c2i
 from autoregressive.train.options import RECIPES, GPTOptions, TrainConfig, gpt_config, recipe
-from tests.conftest import REPOSITORY, TINY_VQ, call, command, export_models, losses
+from tests.conftest import REPOSITORY, call, command, losses
+from tests.test_codes import write_codes
 from tokenizer.tokenizer_image import vq_train
 from tokenizer.tokenizer_image.vq_model import load_tokenizer
 from tokenizer.tokenizer_image.vq_options import VQTrainConfig
 from tokenizer.tokenizer_image.vq_options import recipe as vq_recipe
 from utils.batches import BatchOptions, GlobalBatches, plan_steps
 from utils.checkpoint import read_export
-from utils.code_shards import CodeDataset, CodeHeader, CodeWriter, read_header
 from utils.config import UserError, check_options, parse
 from utils.ema import EMA
 from utils.optim import OptimOptions, clip_gradients, learning_rate
 
 TRAIN = "autoregressive/train/train_c2i.py"
 VQ_TRAIN = "tokenizer/tokenizer_image/vq_train.py"
-
-
-def write_codes(folder: Path, images: int = 48, crops: int = 2, tokenizer: str = "test") -> Path:
-    """A code folder of random codes: 8 semantic, 16 detail, 4x4 grid, three classes."""
-    rng = np.random.default_rng(0)
-    header = CodeHeader(tokenizer, [8, 16], 4, 32, crops, "flip", 3, images, source="random")
-    folder.mkdir(parents=True)
-    writer = CodeWriter(folder, header, np.arange(images) % 3, create=True)
-    codes = np.stack([rng.integers(0, size, (images, crops, 16)) for size in (8, 16)], axis=2)
-    writer.write(np.arange(images), codes.astype(np.uint16))
-    writer.finish()
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +173,38 @@ def test_recipes_are_table_11_and_typed_flags_win():
     assert len(RECIPES) == 16 and llamagen.optim.weight_decay == 0.05
 
 
+def test_the_released_recipe_is_that_of_its_two_trainers():
+    """One schedule for DDP, one for FSDP, λ_s 1 but 2 for L, w 0.1; typed flags win, and LlamaGen's rows stay."""
+    def chosen(*words):
+        config = parse(TrainConfig, recipe, ["--code-path", "c", "--recipe", "released", *words])
+        return config.optim.lr, config.optim.lr_end, config.objective.semantic_weight, config.parallel.data_parallel
+
+    assert chosen("--gpt-model", "GPT-B") == (1.5e-4, 5e-5, 1.0, "ddp")
+    assert chosen("--gpt-model", "GPT-B", "--data-parallel", "fsdp") == (3e-4, 1e-4, 1.0, "fsdp")
+    assert chosen("--gpt-model", "GPT-L", "--image-size", "384") == (1.5e-4, 5e-5, 2.0, "ddp")
+    assert chosen("--gpt-model", "GPT-XXL", "--image-size", "384") == (3e-4, 1e-4, 1.0, "fsdp")
+    assert chosen("--gpt-model", "GPT-L", "--semantic-weight", "3", "--lr-schedule", "constant")[2] == 3
+    assert chosen("--gpt-model", "GPT-B", "--codebook-sizes", "16384") == (1e-4, 0.0, 1.0, "ddp")
+    assert sampling_preset("GPT-B", 2, 16)["cfg_attention_weight"] == 0.05
+    assert sampling_preset("GPT-B", 2, 16, "released")["cfg_attention_weight"] == 0.1
+
+
+def test_models_are_kept_by_epoch(codes, tmp_path):
+    """Figure 7c needs the model after every so many epochs; a resumed run makes those that are missing."""
+    options = gpt_options(codes, tmp_path / "run", steps=13, data_parallel="none", keep_every=0.5, checkpoint_every=5)
+    call(train_c2i.main, *options)
+    kept = sorted(path.parent.name for path in (tmp_path / "run" / "snapshots").glob("*/gpt.safetensors"))
+    assert kept == ["epoch-0000.50", "epoch-0001", "epoch-0001.50", "epoch-0002"]  # of six steps each
+    assert [load_gpt(tmp_path / "run" / "snapshots" / name).provenance.step for name in kept] == [3, 6, 9, 12]
+    whole = load_gpt(tmp_path / "run" / "snapshots" / "epoch-0002").state_dict()
+    for gone in ("checkpoints/step-00000013", "snapshots/epoch-0002", "snapshots/epoch-0001.50"):
+        shutil.rmtree(tmp_path / "run" / gone)
+    call(train_c2i.main, *options)  # goes on from step 10
+    again = load_gpt(tmp_path / "run" / "snapshots" / "epoch-0002").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+    assert not (tmp_path / "run" / "snapshots" / "epoch-0001.50").exists()
+
+
 def test_a_typed_end_of_the_learning_rate_means_cosine_decay_in_both_trainers():
     """One option, one meaning: a typed --lr-end is reached, unless another schedule is typed."""
     gpt = ["--code-path", "c", "--gpt-model", "GPT-tiny", "--image-size", "32"]
@@ -222,80 +244,6 @@ def test_dry_run_prints_and_starts_nothing(tmp_path, capsys):
     assert "1,570,110,336" in printed
     assert "lr_schedule                cosine" in printed and "GiB" in printed
     assert not (tmp_path / "run").exists()
-
-
-def test_codes_round_trip_through_the_memory_map(tmp_path):
-    """What is read in training is what was written, crop by crop, without the unreadable rows."""
-    folder = write_codes(tmp_path / "codes", images=10)
-    stored = np.load(folder / "codes.npy")
-    state = np.lib.format.open_memmap(folder / "state.npy", mode="r+")
-    state[3] = 2
-    state.flush()
-    dataset = CodeDataset(folder)
-    assert len(dataset) == 9
-    seen_crops = set()
-    for epoch in range(8):
-        batch, labels = dataset.__getitems__([(epoch, index) for index in range(9)])
-        for item, row in enumerate([0, 1, 2, 4, 5, 6, 7, 8, 9]):
-            matches = [crop for crop in range(2) if np.array_equal(batch[item], stored[row, crop])]
-            assert matches and labels[item] == row % 3
-            seen_crops.update(matches)
-    assert seen_crops == {0, 1}
-
-
-@pytest.fixture
-def tokenizer(tmp_path) -> Path:
-    """An exported tiny tokenizer."""
-    return export_models(tmp_path / "models")[1]
-
-
-def extract_options(images: Path, tokenizer: Path, out: Path) -> list:
-    """Command line of a flip extraction at 32 pixels."""
-    return ["--data-path", images, "--vq-ckpt", tokenizer, "--code-path", out, "--augmentation", "flip", "--image-size", 32,
-            "--num-workers", 0, "--batch-size", 4, "--device", "cpu"]
-
-
-def test_codes_of_huge_codebooks_keep_their_values(tmp_path):
-    """Sixteen bits hold 65,536 codes; one more must not come back as code 0."""
-    codes = np.array([[[[0, 65_535, 65_536, 69_999]]]])
-    for size, dtype in ((2**16, np.uint16), (70_000, np.uint32)):
-        folder = tmp_path / str(size)
-        folder.mkdir()
-        writer = CodeWriter(folder, CodeHeader("t", [size], 2, 32, 1, "none", 1, 1, "x"), np.zeros(1, int), create=True)
-        writer.write(np.array([0]), np.minimum(codes, size - 1))
-        writer.finish()
-        assert np.load(folder / "codes.npy").dtype == dtype
-        seen, _ = CodeDataset(folder).__getitems__([(0, 0)])
-        assert seen.flatten().tolist() == np.minimum(codes, size - 1).flatten().tolist()
-
-
-def test_extraction_in_two_processes_equals_one_and_carries_on(images_folder, tokenizer, tmp_path):
-    """The codes of image i do not depend on who encoded it; an interrupted extraction does only what is missing."""
-    call(extract_codes_c2i.main, *extract_options(images_folder, tokenizer, tmp_path / "one"))
-    command("autoregressive/train/extract_codes_c2i.py", *extract_options(images_folder, tokenizer, tmp_path / "two"),
-            processes=2)
-    one, two = (np.load(tmp_path / name / "codes.npy") for name in ("one", "two"))
-    assert np.array_equal(one, two) and one.shape == (24, 2, 2, 16) and one.any()
-    model = load_tokenizer(tokenizer)
-    assert (one[:, :, 0] < TINY_VQ.codebook_sizes[0]).all()
-    assert read_header(tmp_path / "one").tokenizer == model.provenance.fingerprint
-    # Undo two rows, spoil a third: only the two come back.
-    state = np.lib.format.open_memmap(tmp_path / "two" / "state.npy", mode="r+")
-    codes = np.lib.format.open_memmap(tmp_path / "two" / "codes.npy", mode="r+")
-    state[[4, 9]], codes[[4, 9, 11]] = 0, 0
-    state.flush(), codes.flush()
-    call(extract_codes_c2i.main, *extract_options(images_folder, tokenizer, tmp_path / "two"))
-    again = np.load(tmp_path / "two" / "codes.npy")
-    assert np.array_equal(again[[4, 9]], one[[4, 9]]) and not again[11].any()
-
-
-def test_unreadable_images_are_left_out_of_the_codes(images_folder, tokenizer, tmp_path, caplog):
-    """A truncated file is named, skipped and counted, and never becomes a training sample."""
-    bad = images_folder / "class1" / "3.png"
-    bad.write_bytes(bad.read_bytes()[:200])
-    call(extract_codes_c2i.main, *extract_options(images_folder, tokenizer, tmp_path / "codes"))
-    assert len(CodeDataset(tmp_path / "codes")) == 23
-    assert (np.load(tmp_path / "codes" / "state.npy") == 2).sum() == 1
 
 
 def vq_options(images: Path, run_dir: Path, stage: str, steps: int = 6, *extra) -> list:
