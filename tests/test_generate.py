@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from autoregressive.models.ctf import FineOptions
 from autoregressive.models.generate import (
     Sampler,
     SamplingOptions,
@@ -18,7 +19,9 @@ from autoregressive.models.generate import (
     pick_codes,
 )
 from autoregressive.models.guidance import GUIDANCE
-from autoregressive.sample.pipeline import check_sampling
+from autoregressive.sample.pipeline import ModelOptions, check_sampling
+from autoregressive.sample.rejection import RejectionOptions
+from autoregressive.sample.sample_c2i_ddp import SampleConfig, make_labels
 from tests.conftest import TINY_GPT, random_codes
 from tests.test_gpt import released_gpt
 from utils.config import UserError
@@ -194,3 +197,13 @@ def test_random_codes_helper_spans_the_codebooks():
     """The tests above say little if their codes were all alike."""
     codes = random_codes(8, TINY_GPT)
     assert codes[:, 0].max() == 7 and codes[:, 1].max() == 15
+
+
+def test_labels_are_even_or_drawn():
+    """ADM's protocol takes 50 of each class; LlamaGen's and IAR2's samplers draw labels, which is an option."""
+    config = SampleConfig(ModelOptions(Path(), Path()), OPTIONS, FineOptions(), RejectionOptions())
+    assert np.array_equal(np.bincount(make_labels(config, 7)), [50] * 7)
+    drawn = make_labels(replace(config, random_labels=True, num_samples=7000), 7)
+    counts = np.bincount(drawn)
+    assert len(counts) == 7 and counts.min() > 900 and len(set(counts)) > 1
+    assert np.array_equal(drawn, make_labels(replace(config, random_labels=True, num_samples=7000), 7))

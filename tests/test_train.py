@@ -295,6 +295,29 @@ def test_stage_two_goes_on_with_the_discriminator_of_stage_one(stage_one):
         assert all(torch.equal(state[key], kept[key]) for key in kept) == equal
 
 
+def test_a_whitened_start_leaves_the_codes_and_keeps_models(stage_one, tmp_path):
+    """It spreads the latents alone: without a step the codebooks are those of the uniform start, which k-means moves."""
+    books = {}
+    for start in ("uniform", "whitened", "kmeans"):
+        words = vq_options(stage_one[0], tmp_path / start, "semantic", 1, "--codebook-init", start, "--lr", 0, "--ema-decay", 0,
+                           "--revive-every", 0, "--keep-every", 1 / 6)
+        call(vq_train.main, *words)
+        folder = tmp_path / start / "snapshots" / "epoch-0000.17"
+        state = load_tokenizer(folder).state_dict()
+        assert (folder / "discriminator.safetensors").exists()
+        books[start] = state["quantizer.codebooks.0"], state["quant_conv.weight"]
+    assert torch.equal(books["whitened"][0], books["uniform"][0]) and not torch.equal(books["kmeans"][0], books["uniform"][0])
+    assert torch.equal(books["whitened"][1], books["kmeans"][1]) and not torch.equal(books["whitened"][1], books["uniform"][1])
+
+
+def test_the_released_tokenizer_trains_as_long_as_its_file(stage_one):
+    """0485000.pt: 48.5 epochs of ImageNet in batches of 128."""
+    for stage, recipe_name, epochs in (("dual", "released", 48.5), ("dual", "paper", 40), ("semantic", "released", 40)):
+        config = parse(VQTrainConfig, vq_recipe, ["--data-path", "d", "--stage", stage, "--recipe", recipe_name])
+        assert config.batch.epochs == epochs and config.batch.global_batch_size == 128
+    assert round(485_000 / (1_281_167 / 128), 1) == 48.5
+
+
 def test_a_non_finite_step_of_the_tokenizer_does_not_reach_the_average(stage_one, tmp_path, monkeypatch):
     """Both trainers leave a bad step out of weights, moments and averages alike."""
     updates, original = [], vq_train.autoencoder_loss

@@ -116,8 +116,13 @@ FIXED_OPTIONS = ("seed", "global_batch_size", "ema_decay", "recipe", "lr_schedul
                  "perceptual_weight", "disc_weight")
 
 
+# Epochs of 1,281,167 images in batches of 128, where they are not LlamaGen's 40: IAR2's released file is step 485,000 of stage 2.
+EPOCHS = {("released", "dual"): 48.5}
+
+
 def recipe(config: VQTrainConfig) -> dict[str, Any]:
-    """Defaults for --recipe and --stage: the loss weights, the run's folder."""
+    """Defaults for --recipe and --stage: the loss weights, the length, the run's folder."""
     weights = RECIPES[config.loss.recipe, config.stage]
     return {"pixel_weight": weights.pixel, "perceptual_weight": weights.perceptual, "disc_weight": weights.adversarial,
+            "epochs": EPOCHS.get((config.loss.recipe, config.stage), 40),
             "run_dir": Path("runs/vq") / config.stage} | typed_schedule(config.optim)

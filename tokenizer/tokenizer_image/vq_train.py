@@ -290,15 +290,16 @@ def evaluate(training: TokenizerState, dataset: ImageDataset, plan: StepPlan, co
     return figures
 
 
-def export_tokenizer(training: TokenizerState, config: VQTrainConfig, run: Run, step: int, figures: dict[str, float]) -> None:
-    """Write tokenizer.safetensors, averaged where averaging is on, with its configuration and figures."""
+def export_tokenizer(training: TokenizerState, config: VQTrainConfig, run: Run, step: int, figures: dict[str, float],
+                     folder: Path) -> None:
+    """Write tokenizer.safetensors into `folder`, averaged where averaging is on, with its configuration and latest figures."""
     if config.stage == "semantic":  # stage 2 goes on with it under --recipe released
-        export(run.folder / "discriminator.safetensors", "discriminator", training.loss.discriminator.state_dict(),
+        export(folder / "discriminator.safetensors", "discriminator", training.loss.discriminator.state_dict(),
                {"step": step}, run.processes)
     with training.averaged():
         tensors = training.model.state_dict()
         about = TokenizerProvenance(fingerprint(tensors), config.stage, step, config.images.image_size, figures)
-        export(run.folder / "tokenizer.safetensors", "tokenizer", tensors,
+        export(folder / "tokenizer.safetensors", "tokenizer", tensors,
                to_dict(about) | {"model": to_dict(training.model.config)}, run.processes)
 
 
@@ -327,15 +328,17 @@ def train(config: VQTrainConfig, processes: Processes) -> None:
         if every and (step + 1) % every == 0 and step + 1 < 0.8 * plan.total_steps:
             revive(training, training_set, config, run, step)
         run.after_step(step, plan.global_batch, lr=lr)
+        if snapshot := run.snapshot(step, plan.steps_per_epoch):  # before the checkpoint: what follows one is not made again
+            export_tokenizer(training, config, run, step + 1, figures, snapshot)
         if run.due(config.run.checkpoint_every, step):
             run.checkpoint(step, training)
         if run.due(config.evaluation.eval_every, step):
             figures = evaluate(training, evaluation_set, plan, config, run, step)
         if run.due(config.run.checkpoint_every, step):
-            export_tokenizer(training, config, run, step + 1, figures)
+            export_tokenizer(training, config, run, step + 1, figures, run.folder)
     if run.lacks_export:
         figures = evaluate(training, evaluation_set, plan, config, run, plan.total_steps - 1)
-        export_tokenizer(training, config, run, plan.total_steps, figures)
+        export_tokenizer(training, config, run, plan.total_steps, figures, run.folder)
     training_set.report_skipped()
     run.close()
 
