@@ -1,8 +1,8 @@
 """Checkpoints: sharded save and resume while training, one safetensors file for everything after.
 
-Training state goes through `torch.distributed.checkpoint`: every process writes its shards, and a run resumes on another number
-of processes.  A checkpoint is a folder `step-00001000`, renamed when it is whole.  Sampling and evaluation read one
-safetensors file, whose metadata carries the configuration: no shape flags are repeated.
+Training state goes through `torch.distributed.checkpoint`: every process writes its shards in the background, and a run resumes
+on another number of processes.  A checkpoint is a folder `step-00001000`, renamed when it is whole.  Sampling and evaluation
+read one safetensors file, whose metadata carries the configuration: no shape flags are repeated.
 """
 
 import hashlib
@@ -12,23 +12,33 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from utils.config import UserError, flatten
-from utils.distributed import Processes, full_tensor
+from utils.distributed import Processes, full_tensor, lost_peer, patient_group
 from utils.files import replacing, require_same, write_json
+from utils.untrusted import available_memory, check_checkpoint_files, parse_json, printable, read_fields, shortened
 
 log = logging.getLogger("checkpoint")
+
+Network = TypeVar("Network", bound=nn.Module)
+
+EXPORT_VERSION = 1  # of exported files: raised when an older reader would misread them
 
 
 @dataclass(frozen=True)
@@ -43,25 +53,76 @@ class RunRecord:
     export: dict[str, Any] = field(default_factory=dict)  # what the exported file will say, where that is known
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], record: RunRecord, processes: Processes, keep: int) -> None:
-    """Write `state`, nested dicts of plain values and of tensors, possibly sharded; the newest `keep` checkpoints stay."""
-    target = folder / f"step-{step:08d}"
-    aside = folder / f".writing-{target.name}"
-    if processes.is_main:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    processes.barrier()
-    # No collective in a single process: gloo would start threads of its own, which crowd the CPU and halve the speed of every
-    # later step.
-    with warnings.catch_warnings(action="ignore", category=UserWarning):
-        dcp.save(state, checkpoint_id=aside, no_dist=processes.world_size == 1)
-    if processes.is_main:
-        write_json(aside / "config.json", asdict(record))
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(aside, target)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
-    processes.barrier()
+class CheckpointWriter:
+    """Writes checkpoints while training goes on: `save` copies the state and returns, the files follow in the background."""
+
+    def __init__(self, folder: Path, record: RunRecord, processes: Processes) -> None:
+        self.folder, self.record, self.processes = folder, record, processes
+        self.pending: tuple[Future, Path, int, dict[str, Any]] | None = None  # files, their folder, checkpoints to keep, metrics
+
+    def save(self, step: int, state: dict[str, Any], keep: int, metrics: dict[str, Any]) -> None:
+        """Begin to write `state`, nested dicts of plain values and of tensors, possibly sharded.
+
+        keep: checkpoints that stay, this one included, once it is whole; 0: all.  metrics: plain values to find again.
+        """
+        self.finish()
+        aside = self.folder / f".writing-step-{step:08d}"
+        with self._explained():
+            if self.processes.is_main:
+                for left in self.folder.glob(".writing-step-*"):  # by a process that was killed
+                    shutil.rmtree(left, ignore_errors=True)
+                aside.mkdir(parents=True)
+            self.processes.barrier()
+            # No collective in a single process: gloo would start threads of its own, which crowd the CPU and halve the speed of
+            # every later step.
+            alone = self.processes.world_size == 1
+            with warnings.catch_warnings(action="ignore", category=UserWarning):
+                future = dcp.async_save(state, checkpoint_id=aside, async_stager=BlockingAsyncStager(), no_dist=alone,
+                                        process_group=None if alone else patient_group("checkpoint"))
+        assert isinstance(future, Future)
+        self.pending = future, aside, keep, metrics
+
+    def poll(self) -> None:
+        """Give the checkpoint its name if its files are whole by now."""
+        if self.pending and self.pending[0].done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until the checkpoint is whole; raises UserError when it could not be written."""
+        if self.pending is None:
+            return
+        future, aside, keep, metrics = self.pending
+        self.pending = None
+        with self._explained():
+            future.result()  # in the main process only when all others have written their part
+            if self.processes.is_main:
+                write_json(aside / "config.json", asdict(self.record) | {"metrics": metrics})
+                target = self.folder / aside.name.removeprefix(".writing-")
+                shutil.rmtree(target, ignore_errors=True)
+                os.replace(aside, target)
+                for old in sorted(self.folder.glob("step-*"))[:-keep] if keep else ():
+                    shutil.rmtree(old)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn what writing raises into one sentence, and remove what was written."""
+        try:
+            yield
+        except (OSError, RuntimeError, CheckpointException) as error:
+            if lost_peer(error):
+                raise
+            if self.processes.is_main:
+                for left in self.folder.glob(".writing-step-*"):
+                    shutil.rmtree(left, ignore_errors=True)
+            raise UserError(f"a checkpoint cannot be written below {self.folder} ({_reason(error)}): make space or give another "
+                            "--run-dir; the same command carries on from the checkpoint before.") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in one line; of several processes the first that failed."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = min(error.failures.items())[1][0]
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path, int] | None:
@@ -70,8 +131,12 @@ def latest_checkpoint(folder: Path) -> tuple[Path, int] | None:
     return (found[-1], int(found[-1].name[5:])) if found else None
 
 
-def load_checkpoint(path: Path, state: dict[str, Any], record: RunRecord, processes: Processes) -> dict[str, Any]:
-    """Fill `state` and return it; raises UserError naming the first difference of the model or of the fixed options."""
+def load_checkpoint(path: Path, state: dict[str, Any], record: RunRecord,
+                    processes: Processes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fill `state` and return it, with the metrics saved beside it.
+
+    Raises UserError naming the first difference of the model or of the fixed options.
+    """
     saved = json.loads((path / "config.json").read_text())
     before, now = flatten(saved["options"]), flatten(record.options)
     fixed = {name: now[name] for name in record.fixed}
@@ -83,7 +148,7 @@ def load_checkpoint(path: Path, state: dict[str, Any], record: RunRecord, proces
             log.warning("resuming with %s %s, which was %s before", name, now[name], before[name])
     with warnings.catch_warnings(action="ignore", category=UserWarning):
         dcp.load(state, checkpoint_id=path, no_dist=processes.world_size == 1)
-    return state
+    return state, saved.get("metrics", {})
 
 
 def export(path: Path, kind: str, tensors: dict[str, Tensor], config: dict, processes: Processes | None = None) -> None:
@@ -98,8 +163,10 @@ def export(path: Path, kind: str, tensors: dict[str, Tensor], config: dict, proc
             whole[name] = gathered.cpu().contiguous()
     if is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(config)
         with replacing(path) as aside:
-            save_file(whole, aside, metadata={"kind": kind, "config": json.dumps(config)})
+            save_file(whole, aside, metadata={"kind": kind, "version": str(EXPORT_VERSION), "config": text,
+                                              "crc32": checksum(whole, text)})
             umask = os.umask(0)
             os.umask(umask)
             aside.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
@@ -122,12 +189,44 @@ def read_export(path: str | Path, kind: str, option: str, tensors: bool = True) 
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("kind") != kind:
-                raise UserError(f"{option} {path} holds a {metadata.get('kind', 'model of unknown kind')}, not a {kind}: "
-                                f"give the {kind}.safetensors that training exported.")
-            names = file.keys() if tensors else ()
-            return json.loads(metadata["config"]), {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
-        raise UserError(f"{option} {path} is damaged or no safetensors file ({error}): export or copy it again.") from error
+                seen = printable(metadata.get("kind", "model of unknown kind"))
+                raise UserError(f"{option} {path} holds a {seen}, not a {kind}: give the {kind}.safetensors that training "
+                                "exported.")
+            description = require_description(metadata.get("config", ""), kind, f"{option} {path}", metadata.get("version", "1"))
+            found = {name: file.get_tensor(name) for name in (file.keys() if tensors else ())}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{option} {path} is damaged or no safetensors file ({shortened(error)}): export or copy it "
+                        "again.") from error
+    if tensors and metadata.get("crc32", "") not in ("", checksum(found, metadata["config"])):
+        raise UserError(f"{option} {path} is damaged (its content is not what its checksum says): export or copy it again.")
+    return description, found
+
+
+def require_description(text: str, kind: str, where: str, version: str = "1") -> dict[str, Any]:
+    """What an exported file says about its model, from JSON; raises UserError when it cannot be that of a `kind`."""
+    if not version.isdecimal() or int(version) > EXPORT_VERSION:
+        raise UserError(f"{where} has version {printable(version)[:20]} but this code reads files up to {EXPORT_VERSION}: it was "
+                        "written by a newer version of the code, update this one.")
+    try:
+        description = parse_json(text)
+    except ValueError as error:
+        raise UserError(f"{where} is damaged (no JSON describes it: {shortened(error)}): export or copy it again.") from error
+    parts = {"model"} if kind in ("gpt", "tokenizer", "classifier") else set()
+    if not isinstance(description, dict) or not all(
+            isinstance(description.get(part, {}), dict) for part in ("model", "sampling", "figures", "imported")):
+        raise UserError(f"{where} is damaged (its description is no object of objects): export or copy it again.")
+    if parts - set(description):
+        raise UserError(f"{where} does not describe its model: give a {kind}.safetensors that training exported.")
+    return description
+
+
+def checksum(tensors: dict[str, Tensor], text: str) -> str:
+    """CRC-32 over a description, names and data of whole tensors, which tells a damaged copy from a sound one."""
+    value = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        data = tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8)
+        value = zlib.crc32(data.numpy().data, zlib.crc32(name.encode(), value))
+    return f"{value:08x}"
 
 
 def exported_step(path: Path, kind: str) -> int:
@@ -137,25 +236,60 @@ def exported_step(path: Path, kind: str) -> int:
 
 
 def read_checkpoint(path: Path, kind: str, option: str, tensors: bool) -> tuple[dict, dict[str, Tensor]]:
-    """(configuration, weights) of a training checkpoint; raises UserError when it is of another kind."""
-    saved = json.loads((path / "config.json").read_text())
-    if not saved.get("export") or saved.get("kind", kind) != kind:
+    """(configuration, weights) of a training checkpoint; raises UserError when it is damaged or of another kind."""
+    try:
+        saved = parse_json((path / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{option} {path} has a damaged config.json ({shortened(error)}): copy the checkpoint again.") from error
+    if not isinstance(saved, dict) or not saved.get("export") or saved.get("kind", kind) != kind:
         raise UserError(f"{option} {path} is a training checkpoint, not a {kind}: give the {kind}.safetensors of its run.")
+    description = require_description(json.dumps(saved["export"]), kind, f"{option} {path}")
     if not tensors:
-        return saved["export"], {}
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        return description, {}
+    stored = check_checkpoint_files(path, option).state_dict_metadata
     part = "ema" if any(name.startswith("ema.") for name in stored) else "model"
     shapes = {name.removeprefix(f"{part}."): entry for name, entry in stored.items() if name.startswith(f"{part}.")}
     weights = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in shapes.items()
                if isinstance(entry, TensorStorageMetadata)}
-    with warnings.catch_warnings(action="ignore", category=UserWarning):
-        dcp.load({part: weights}, checkpoint_id=path, no_dist=True)
-    return saved["export"], weights
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            dcp.load({part: weights}, checkpoint_id=path, no_dist=True)
+    except (Exception, CheckpointException) as error:  # torch raises half a dozen types for damaged parts
+        raise UserError(f"{option} {path} has damaged parts ({shortened(error)}): copy the checkpoint again.") from error
+    return description, weights
+
+
+def restore(network: Callable[[Any], Network], config: type, values: Any, tensors: dict[str, Tensor], where: str) -> Network:
+    """The model that a file describes, with the file's weights; raises UserError when they do not fit each other.
+
+    values: what the file holds as fields of `config`.  The shape is tried without memory first: a description cannot ask for
+    more than its weights fill.
+    """
+    fields = read_fields(config, values, where)
+    for name, value in fields.items():
+        loops = len(value) if isinstance(value, tuple) else value if re.search("layer|blocks", name) else 0
+        if loops > len(tensors):
+            raise UserError(f"{where} has {name} {str(value)[:60]} but only {len(tensors)} tensors: export or copy it again.")
+    try:
+        with torch.device("meta"):
+            trial = network(config(**fields))
+    except Exception as error:  # of torch or of the model: whatever an impossible shape raises
+        raise UserError(f"{where} cannot be built: {shortened(error)}: export or copy it again.") from error
+    require_tensors(trial, tensors, where, "give a file that fits")
+    needed = sum(each.numel() * each.element_size() for each in (*trial.parameters(), *trial.buffers()))
+    if needed > available_memory():
+        raise UserError(f"{where} describes a model of {needed / 2**30:.0f} GiB, more than the free memory: give a smaller one.")
+    model = network(config(**fields))
+    load_weights(model, tensors, where)
+    return model
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], option: str) -> None:
-    """Load tensors into a model of exactly their keys; raises UserError naming the first that does not fit."""
+    """Load tensors into a model of exactly their keys; raises UserError naming the first that does not fit or is not finite."""
     require_tensors(model, tensors, option, "give a file that fits")
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{option} has {name} with infinite or missing values: give a file from before the training failed.")
     model.load_state_dict(tensors)
 
 
@@ -164,12 +298,15 @@ def require_tensors(model: nn.Module, tensors: dict[str, Tensor], what: str, rem
     """Raise UserError unless tensors have exactly the model's keys and shapes; called: a key's name in the message."""
     expected = model.state_dict()
     for name in sorted(set(expected) ^ set(tensors)):
-        raise UserError(f"{what} {'lacks' if name in expected else 'has an unknown'} key {called(name)}: it is of another model, "
-                        f"{remedy}.")
+        raise UserError(f"{what} {'lacks' if name in expected else 'has an unknown'} key {printable(called(name))}: it is of "
+                        f"another model, {remedy}.")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise UserError(f"{what} has {called(name)} of shape {tuple(tensor.shape)} but the model needs "
                             f"{tuple(expected[name].shape)}: it is of another size, {remedy}.")
+        if tensor.is_floating_point() != expected[name].is_floating_point():
+            raise UserError(f"{what} has {called(name)} of type {tensor.dtype} but the model needs {expected[name].dtype}: "
+                            f"it is of another model, {remedy}.")
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:

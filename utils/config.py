@@ -20,6 +20,8 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from utils.signals import leaving_at_once
+
 T = TypeVar("T")
 
 
@@ -191,7 +193,8 @@ def run_main(main: Callable[[], None]) -> None:
     """Run an entry point; a UserError becomes one line on standard error and exit code 2, never a traceback."""
     try:
         try:
-            main()
+            with leaving_at_once():
+                main()
         finally:  # also when --help has left by SystemExit: a broken pipe is met here and not at the interpreter's end
             sys.stdout.flush()
         if os.environ.get("WORLD_SIZE", "1") != "1":

@@ -10,6 +10,8 @@ one backward pass and leaves some parameters without gradient; DDP would search 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,6 +23,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.config import UserError
+
+_COLLECTIVE = timedelta(minutes=10)  # a collective of training that takes longer waits for a process that is no more
+_PATIENCE = timedelta(hours=24)
+_LOST = ("Connection closed by peer", "Connection reset by peer", "gloo/transport", "Broken pipe", "Timed out waiting", "NCCL")
 
 
 @dataclass(frozen=True)
@@ -38,15 +44,26 @@ class Processes:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process is here, for as long as one works alone (an evaluation, a merge of files)."""
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=patient_group("barrier"))
 
     def close(self) -> None:
         """Leave the process group, all processes together."""
         self.barrier()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@lru_cache
+def patient_group(purpose: str) -> dist.ProcessGroup:
+    """A group of all processes for one purpose, whose waiting may take long; a peer that dies ends it at once all the same.
+
+    Checkpoints, which are written while training goes on, must not share a group with anything else.
+    """
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    assert isinstance(group, dist.ProcessGroup)  # every process is a member
+    return group
 
 
 def choose_device(name: str) -> torch.device:
@@ -68,7 +85,10 @@ def setup(device: str = "auto") -> Processes:
         torch.backends.cudnn.allow_tf32 = True
     if not dist.is_initialized():
         alone: dict[str, Any] = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_COLLECTIVE, **alone)
+        if world_size > 1:
+            for purpose in ("barrier", "checkpoint"):  # all processes make them together, now
+                patient_group(purpose)
     return Processes(rank, world_size, local_rank, target)
 
 
@@ -117,6 +137,13 @@ def synchronize_gradients(model: nn.Module, last: bool) -> None:
         model.set_requires_gradient_sync(last)
 
 
+def reshard(model: nn.Module) -> None:
+    """Free gathered copies of sharded parameters, which would outlive a change of the parameters themselves."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def average_gradients(parameters: Sequence[Tensor], processes: Processes) -> None:
     """Average the gradients of `parameters` over all processes, in one exchange; parameters without one are skipped."""
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -127,6 +154,20 @@ def average_gradients(parameters: Sequence[Tensor], processes: Processes) -> Non
     flat.div_(processes.world_size)
     for gradient, averaged in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
         gradient.copy_(averaged)
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error says that another process of the group is gone, or silent for too long."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or any(sign in text for sign in _LOST)
+
+
+def agree(values: list[int], processes: Processes) -> list[int]:
+    """The largest of each value over all processes, without waiting for the accelerator."""
+    together = torch.tensor(values)
+    if processes.world_size > 1:
+        dist.all_reduce(together, dist.ReduceOp.MAX)
+    return together.tolist()
 
 
 def all_reduce_sum(value: Tensor, processes: Processes) -> Tensor:

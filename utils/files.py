@@ -1,11 +1,13 @@
 """Files: checked before work starts, written whole or not at all."""
 
+import fcntl
 import json
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from utils.config import UserError
 
@@ -13,12 +15,39 @@ from utils.config import UserError
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A file beside `path` to write to, renamed to `path` when the block ends: a reader never finds half a file."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{own_name()}.tmp")
     try:
         yield aside
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def own_name() -> str:
+    """A name that no other process has, also of another node or container, which may have the same process id."""
+    return f"{socket.gethostname()}-{os.environ.get('RANK', '0')}-{os.getpid()}"
+
+
+def lock_folder(folder: Path, option: str, what: str) -> IO[str]:
+    """Claim `folder` until the process ends or the returned file is closed; raises UserError when another one holds it.
+
+    A file system without locks is not guarded.
+    """
+    file = (folder / ".lock").open("a+")
+    file.seek(0)
+    holder = file.read().strip()
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if holder != own_name():
+            raise UserError(f"{option} {folder} is in use by another {what} ({holder or 'unknown'}: host-rank-process): wait "
+                            "for its end, or choose another folder.") from None
+    except OSError:
+        return file
+    file.truncate(0)
+    file.write(own_name())
+    file.flush()
+    return file
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -47,9 +76,9 @@ def check_writable(folder: Path, option: str) -> Path:
     """Create `folder` and check that a file can be written there; raises UserError naming `option` otherwise."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test-{os.getpid()}"
+        probe = folder / f".write-test-{own_name()}"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{option} {folder} cannot be written ({error.strerror}): give a folder you may write to.") from error
     return folder

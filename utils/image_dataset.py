@@ -18,6 +18,7 @@ from utils.batches import GlobalBatches
 from utils.config import Count, Positive, UserError
 from utils.crops import center_crop, random_crop, sample_rng, to_tensor
 from utils.images import ImageSource, UnreadableImage
+from utils.signals import ignore_in_worker
 
 log = logging.getLogger("images")
 
@@ -128,16 +129,18 @@ def crop_loader(source: ImageSource, rows: np.ndarray, crop: Callable[[np.ndarra
                 num_workers: int) -> DataLoader:
     """Batches over the given rows, in order: (readable rows [n], their crops uint8 [n, ...] or None, unreadable rows)."""
     workers = min(num_workers, -(-len(rows) // batch_size))
-    return DataLoader(CropDataset(source, rows, crop), batch_size, num_workers=workers, collate_fn=collate_crops)
+    return DataLoader(CropDataset(source, rows, crop), batch_size, num_workers=workers, collate_fn=collate_crops,
+                      worker_init_fn=ignore_in_worker)
 
 
 def train_loader(dataset: Dataset, batches: GlobalBatches, num_workers: int) -> DataLoader:
     """Micro-batches of this process in training order."""
     return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=torch.cuda.is_available(),
-                      persistent_workers=num_workers > 0)
+                      persistent_workers=num_workers > 0, worker_init_fn=ignore_in_worker)
 
 
 def share_loader(dataset: Dataset, rows: np.ndarray, batch_size: int, num_workers: int) -> DataLoader:
     """Batches over the given rows, in order, for work that visits every image once."""
     batches = [[(0, int(row)) for row in rows[first : first + batch_size]] for first in range(0, len(rows), batch_size)]
-    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=torch.cuda.is_available())
+    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=torch.cuda.is_available(),
+                      worker_init_fn=ignore_in_worker)

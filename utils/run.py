@@ -21,10 +21,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from utils.checkpoint import RunRecord, exported_step, latest_checkpoint, load_checkpoint, save_checkpoint
+from utils.checkpoint import CheckpointWriter, RunRecord, exported_step, latest_checkpoint, load_checkpoint
 from utils.config import Count, Device, NonNegative, Positive, Seed, UserError
-from utils.distributed import Processes, all_reduce_sum
-from utils.files import check_writable, replacing, write_json
+from utils.distributed import Processes, agree, all_reduce_sum
+from utils.files import check_writable, lock_folder, replacing, write_json
+from utils.signals import StopRequest, handled_by
 from utils.train_state import TrainState
 
 log = logging.getLogger("run")
@@ -43,7 +44,9 @@ class RunOptions:
     log_every: Positive = 100
     """Steps between logged averages."""
     checkpoint_every: Count = 5000
-    """Steps between checkpoints; 0: only at the end."""
+    """Steps between checkpoints; 0: none by steps."""
+    checkpoint_minutes: NonNegative = 20.0
+    """Minutes after which a checkpoint is written between them; 0: none by time."""
     keep_checkpoints: Positive = 2
     """Checkpoints kept; older ones are removed."""
     keep_every: NonNegative = 0.0
@@ -98,16 +101,33 @@ class MeanMetrics:
         self.sums, self.counts = {}, {}
         return dict(zip(names, (sums / processes.world_size).tolist()))
 
+    def state(self, processes: Processes) -> dict[str, list[float]]:
+        """Sums and counts since the last log line, means over processes: what a resumed run goes on with."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        sums = all_reduce_sum(torch.stack([self.sums[name].double() for name in names]), processes) / processes.world_size
+        return {name: [value, self.counts[name]] for name, value in zip(names, sums.tolist())}
+
+    def load(self, state: dict[str, list[float]], processes: Processes) -> None:
+        """Go on from `state`."""
+        self.sums = {name: torch.tensor(value, device=processes.device) for name, (value, _) in state.items()}
+        self.counts = {name: int(count) for name, (_, count) in state.items()}
+
 
 class Run:
-    """One training run: its folder, resuming, checkpoints, logs, and which step logs or saves."""
+    """One training run: its folder, resuming, checkpoints, logs, which step logs or saves, and how it ends when asked to."""
 
     def __init__(self, options: RunOptions, record: RunRecord, processes: Processes, total_steps: int) -> None:
         """Create the folder and its log; raises UserError when it cannot be written."""
         self.options, self.record, self.processes, self.total_steps = options, record, processes, total_steps
         self.folder = check_writable(options.run_dir, "--run-dir")
+        if processes.is_main:
+            self.lock = lock_folder(self.folder, "--run-dir", "training")
         set_up_logging(processes, self.folder / "log.txt")
         self.metrics = MeanMetrics()
+        self.checkpoints, self.keep = CheckpointWriter(self.folder / "checkpoints", record, processes), options.keep_checkpoints
+        self.stop, self.leaving, self.saved_at = StopRequest(), 0, time.monotonic()
         self.writer = SummaryWriter(str(self.folder / "tensorboard")) if processes.is_main else None
         self.started, self.first_step, self.logged = time.perf_counter(), 0, 0
         self.bad_steps: dict[str, int] = {}
@@ -117,13 +137,15 @@ class Run:
         step = 0
         if found := latest_checkpoint(self.folder / "checkpoints"):
             path, step = found
-            training.load_state_dict(load_checkpoint(path, training.state_dict(), self.record, self.processes))
+            state, metrics = load_checkpoint(path, training.state_dict(), self.record, self.processes)
+            training.load_state_dict(state)
+            self.metrics.load(metrics, self.processes)
             log.info("resumed from %s at step %d of %d", path, step, self.total_steps)
         self._start(step)
         return step
 
     def _start(self, step: int) -> None:
-        self.first_step = self.logged = step
+        self.first_step, self.logged = step, step - step % self.options.log_every
         if not self.processes.is_main:
             return
         if step < self.total_steps:  # a finished run keeps the options it was made with
@@ -139,11 +161,14 @@ class Run:
     def steps(self) -> Iterator[int]:
         """Step numbers still to do, under a progress bar; seeds each step from (seed, step, rank)."""
         self.started = time.perf_counter()
-        with logging_redirect_tqdm(), progress(self.total_steps, self.folder.name, "it", self.processes, self.first_step) as bar:
+        bar = progress(self.total_steps, self.folder.name, "it", self.processes, self.first_step)
+        with handled_by(self.stop.note), logging_redirect_tqdm(), bar:
             for step in range(self.first_step, self.total_steps):
                 torch.manual_seed(step_seed(self.options.seed, step, self.processes.rank))
                 yield step
                 bar.update()
+                self.checkpoints.poll()
+        self.checkpoints.finish()
 
     def after_step(self, step: int, images: int, **values: float) -> None:
         """Log averaged metrics when due; images: global batch size, for the rate; values: plain numbers such as lr."""
@@ -153,7 +178,8 @@ class Run:
         means = self.metrics.read(self.processes)
         seconds = time.perf_counter() - self.started
         self.started = time.perf_counter()
-        steps, self.logged = done - self.logged, done
+        # After a resume the first rate is of the steps since then.
+        steps, self.logged = done - max(self.logged, self.first_step), done
         scalars = means | values | {"images_per_second": images * steps / seconds}
         if self.processes.device.type == "cuda":
             scalars["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.processes.device) / 2**30
@@ -191,10 +217,33 @@ class Run:
         epoch = passed * self.options.keep_every
         return self.folder / "snapshots" / (f"epoch-{epoch:04.0f}" if epoch == int(epoch) else f"epoch-{epoch:07.2f}")
 
+    def checkpoint_due(self, step: int) -> bool:
+        """True after every --checkpoint-every-th step and the last, after --checkpoint-minutes, and when asked to stop.
+
+        All processes agree: a signal, or the clock, of one of them counts for all.
+        """
+        minutes, waited = self.options.checkpoint_minutes, time.monotonic() - self.saved_at
+        self.leaving, late = agree([self.stop.exit_code, int(0 < minutes * 60 < waited)], self.processes)
+        return bool(self.leaving or late) or self.due(self.options.checkpoint_every, step)
+
     def checkpoint(self, step: int, training: TrainState) -> None:
-        """Save `training` as it is after `step`."""
-        save_checkpoint(self.folder / "checkpoints", step + 1, training.state_dict(), self.record, self.processes,
-                        self.options.keep_checkpoints)
+        """Save `training` as it is after `step`; leaves the process, with the checkpoint whole, where it was asked to stop."""
+        self.checkpoints.save(step + 1, training.state_dict(), self.keep, self.metrics.state(self.processes))
+        self.saved_at = time.monotonic()
+        if self.leaving and step + 1 < self.total_steps:
+            self.checkpoints.finish()
+            self.processes.barrier()
+            log.warning("asked to stop: a checkpoint of step %d of %d is written, the same command carries on", step + 1,
+                        self.total_steps)
+            self.close()
+            raise SystemExit(self.leaving)
+
+    def doubt(self, reason: str) -> None:
+        """Warn of numbers that went wrong; from now on no checkpoint is removed, so that those from before stay."""
+        if self.keep:
+            self.keep = 0
+            log.warning("%s; checkpoints are kept from here on: stop, and go on from one of them with other options, or wait",
+                        reason)
 
     @property
     def lacks_export(self) -> bool:
@@ -216,5 +265,6 @@ class Run:
 
     def close(self) -> None:
         """Flush what is pending."""
+        self.checkpoints.finish()
         if self.writer is not None:
             self.writer.close()

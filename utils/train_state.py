@@ -1,6 +1,7 @@
 """Everything that changes while training, saved, restored and averaged in one place for both trainers."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from utils.distributed import reshard
 from utils.ema import EMA
 
 
@@ -36,6 +38,10 @@ class TrainState:
         if self.ema:
             self.ema.load_state_dict(state["ema"])
 
-    def averaged(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
         """Within the block the model has its averaged weights, where averaging is on."""
-        return self.ema.applied() if self.ema else nullcontext()
+        with self.ema.applied() if self.ema else nullcontext():
+            reshard(self.model)
+            yield
+        reshard(self.model)

@@ -154,8 +154,8 @@ def train(config: TrainConfig, processes: Processes) -> None:
             evaluate_held_out(gpt, training, held_out, plan.micro_batch, config, run, step)
         if snapshot := run.snapshot(step, plan.steps_per_epoch):  # before the checkpoint: what follows one is not made again
             export_gpt(training, run, step + 1, snapshot)
-        if run.due(config.run.checkpoint_every, step):
-            run.checkpoint(step, training)
+        if run.checkpoint_due(step):
+            run.checkpoint(step, training)  # leaves here when asked to stop
             export_gpt(training, run, step + 1, run.folder)
     if run.lacks_export:
         export_gpt(training, run, plan.total_steps, run.folder)

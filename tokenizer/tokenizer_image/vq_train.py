@@ -330,11 +330,10 @@ def train(config: VQTrainConfig, processes: Processes) -> None:
         run.after_step(step, plan.global_batch, lr=lr)
         if snapshot := run.snapshot(step, plan.steps_per_epoch):  # before the checkpoint: what follows one is not made again
             export_tokenizer(training, config, run, step + 1, figures, snapshot)
-        if run.due(config.run.checkpoint_every, step):
-            run.checkpoint(step, training)
         if run.due(config.evaluation.eval_every, step):
             figures = evaluate(training, evaluation_set, plan, config, run, step)
-        if run.due(config.run.checkpoint_every, step):
+        if run.checkpoint_due(step):
+            run.checkpoint(step, training)  # leaves here when asked to stop
             export_tokenizer(training, config, run, step + 1, figures, run.folder)
     if run.lacks_export:
         figures = evaluate(training, evaluation_set, plan, config, run, plan.total_steps - 1)

@@ -1,0 +1,59 @@
+"""Being asked to stop: SIGTERM, SIGUSR1 (Slurm's --signal) and Ctrl-C.
+
+A command leaves at once, by SystemExit, so that temporary files are removed.  A training finishes its step and writes a
+checkpoint first (`Run`).  Exit codes are the shell's: 143 for SIGTERM and SIGUSR1, 130 for Ctrl-C.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+EXIT_CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
+RETRY = 75             # exit code of a process whose peer was lost: starting all of them again may help
+_ECHO_SECONDS = 2.0    # Ctrl-C reaches a process twice, by the terminal and by the script that started it
+
+
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Within the block a signal ends the process by SystemExit."""
+    def leave(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(EXIT_CODES[signal.Signals(signum)])
+
+    with handled_by(leave):
+        yield
+
+
+@contextmanager
+def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Within the block the signals go to `handler`; threads other than the main one cannot choose."""
+    chosen = EXIT_CODES if threading.current_thread() is threading.main_thread() else ()
+    before = {each: signal.signal(each, handler) for each in chosen}
+    try:
+        yield
+    finally:
+        for each, former in before.items():
+            signal.signal(each, former)
+
+
+def ignore_in_worker(worker: int) -> None:
+    """A DataLoader's worker_init_fn: a signal to the whole process group must leave the workers to their training."""
+    for each in EXIT_CODES:
+        signal.signal(each, signal.SIG_IGN)
+
+
+class StopRequest:
+    """A signal that is noted (`handled_by(request.note)`) instead of ending the process; a second one, later, ends it."""
+
+    def __init__(self) -> None:
+        self.exit_code = 0       # 0: none yet
+        self._since = 0.0
+
+    def note(self, signum: int, frame: FrameType | None) -> None:
+        if self.exit_code and time.monotonic() - self._since > _ECHO_SECONDS:
+            os._exit(self.exit_code)
+        if not self.exit_code:
+            self.exit_code, self._since = EXIT_CODES[signal.Signals(signum)], time.monotonic()
