@@ -1,13 +1,18 @@
 """scripts/paper: every command of every table is one the entry points understand, and shared runs are shared rightly."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from timm.data import ImageNetInfo
 
+from autoregressive.models.guidance import CFG_RANGES
+from autoregressive.sample.guidance_map import GuidanceMapConfig
+from autoregressive.sample.sample_c2i import GridConfig
 from autoregressive.sample.sample_c2i_ddp import SampleConfig
 from autoregressive.train.evaluate_c2i import EvaluateConfig
 from autoregressive.train.extract_codes_c2i import ExtractConfig
@@ -15,6 +20,7 @@ from autoregressive.train.options import TrainConfig, recipe
 from evaluations.c2i.classifier import ClassifierTrainConfig
 from evaluations.c2i.evaluator import EvaluatorConfig
 from evaluations.c2i.judge import JudgeConfig
+from scripts.paper.plot_figures import FigureConfig
 from scripts.paper.plot_losses import PlotConfig
 from scripts.paper.sweep_c2i import SweepConfig
 from scripts.paper.table import TableConfig
@@ -24,6 +30,7 @@ from tokenizer.tokenizer_image.code_distance import CodeDistanceConfig
 from tokenizer.tokenizer_image.rearrange import RearrangeConfig
 from tokenizer.tokenizer_image.reconstruction_vq_ddp import ReconstructionConfig
 from tokenizer.tokenizer_image.vq_options import VQTrainConfig
+from tokenizer.tokenizer_image.vq_options import recipe as vq_recipe
 from tokenizer.validation.val_ddp import ValidationConfig
 from utils.config import parse
 
@@ -35,7 +42,8 @@ CONFIGS = {"train_dual_vq.sh": VQTrainConfig, "train_vq.sh": VQTrainConfig, "tra
            "sweep_c2i.py": SweepConfig, "evaluator.py": EvaluatorConfig, "judge.py": JudgeConfig,
            "classifier.py": ClassifierTrainConfig, "rearrange.py": RearrangeConfig, "code_distance.py": CodeDistanceConfig,
            "reconstruction_vq_ddp.py": ReconstructionConfig, "val_ddp.py": ValidationConfig, "table.py": TableConfig,
-           "plot_losses.py": PlotConfig}
+           "plot_losses.py": PlotConfig, "plot_figures.py": FigureConfig, "sample_c2i.py": GridConfig,
+           "guidance_map.py": GuidanceMapConfig}
 ADDED = {"train_dual_vq.sh": ["--stage", "dual"], "train_vq.sh": ["--stage", "single"]}
 
 
@@ -92,7 +100,60 @@ def test_scripts_that_share_a_run_agree_about_it(commands):
     assert all(len(scripts) == 1 for scripts in trainings.values()), trainings
     shared = [line[-1] for script in ("table4.sh", "table6.sh", "table7.sh") for line in commands[script, "0"]
               if "train_c2i.sh" in line[1]]
-    assert (len(shared), len(set(shared))) == (10, 8)
+    assert (len(shared), len(set(shared))) == (10, 8)  # tables 4 and 7 share those without context, of two codebooks
+
+
+@pytest.mark.parametrize("toy", ("0", "1"))
+def test_codebooks_are_compared_under_equal_conditions(commands, toy):
+    """Tables 4 and 7: every kind has two phases of the same terms, lengths and schedules, and no other tokenizer is used."""
+    phases = {}
+    for line in commands["table7.sh", toy]:
+        name, arguments = entry_point(line)
+        if name == "train_dual_vq.sh":
+            stages = {word.split("=")[0]: shlex.split(word.split("=")[1]) for word in line if word.startswith("STAGE")}
+            for stage, more in (("STAGE1", ["--stage", "semantic"]), ("STAGE2", ["--stage", "dual", "--init-from", "x"])):
+                phases["dual", stage] = parse(VQTrainConfig, vq_recipe, args=[*arguments, *stages[stage], *more])
+        elif name == "train_vq.sh":
+            config = parse(VQTrainConfig, vq_recipe, args=arguments)
+            phases[config.tokenizer.quantizer, "STAGE2" if config.init_from else "STAGE1"] = config
+    assert set(phases) == {(kind, stage) for kind in ("single", "product", "dual") for stage in ("STAGE1", "STAGE2")}
+    for (kind, stage), config in phases.items():
+        like = phases["dual", stage]
+        assert config.loss == like.loss and config.loss.recipe == "equal" and config.loss.perceptual_weight > 0
+        assert (config.batch, config.optim, config.augmentation) == (like.batch, like.optim, like.augmentation)
+        # The second phase of these two introduces no codebook, that of the dual one does.
+        again = stage == "STAGE2" and kind != "dual"
+        assert config.codebook.codebook_init == ("kmeans" if toy == "1" and not again else "uniform")
+        if again:
+            assert config.init_from == str(phases[kind, "STAGE1"].run.run_dir)
+    used = {word for script in ("table4.sh", "table7.sh") for line in commands[script, toy] for word in line
+            if "/tokenizers/" in word or "/codes/" in word}
+    assert used and all(re.search("/(tokenizers|codes)/equal-", word) for word in used)
+
+
+def test_figures_draw_what_tables_have_measured(tmp_path):
+    """Full scale: figures 1 and 7b train nothing, and find the rows of tables 2 and 3 of one grid, length and seed."""
+    out = tmp_path / "results"
+    for folder in ("table2-XXL-384-300-seed0", "table3-B-384-300-seed0", "table3-B-256-300-seed0", "table3-B-384-50-seed0"):
+        (out / "figures" / folder).mkdir(parents=True)
+    for script, found in (("figure1.sh", ["table2-XXL-384-300-seed0", "table3-B-384-300-seed0"]),
+                          ("figure7b.sh", ["table3-B-384-300-seed0"])):
+        (tmp_path / script).mkdir()
+        command, = dry_run(script, tmp_path / script, TOY="0", OUT=str(out))
+        assert [Path(folder).name for folder in parse(FigureConfig, args=entry_point(command)[1]).folders] == found
+
+
+def test_a_name_says_which_class_is_drawn(commands):
+    """Figures 9 to 11: ImageNet's ids, as timm lists them, have the names of the captions."""
+    names = ImageNetInfo()
+    drawn = {}
+    for line in commands["figure9.sh", "0"]:
+        name, arguments = entry_point(line)
+        if name == "sample_c2i.py":
+            config = parse(GridConfig, args=arguments)
+            assert config.sampling.cfg_scale == CFG_RANGES[2, "GPT-XL", 24] and config.sampling.guidance == "attention"
+            drawn |= dict(zip(config.classes, config.class_names))
+    assert len(drawn) == 12 and all(names.index_to_description(number).split(",")[0] == name for number, name in drawn.items())
 
 
 def test_sizes_grids_and_seeds_have_folders_of_their_own(tmp_path):

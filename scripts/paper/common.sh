@@ -7,7 +7,8 @@
 #   MODEL, SIZE, EPOCHS   full scale: GPT-B, 384 and 100 unless said otherwise;  NPROC: GPUs of this one node (all)
 #   GPT_OPTIONS  full scale: more options of train_c2i.py, whose --dry-run estimates what fits a GPU; for example
 #                "--micro-batch-size 16 --activation-checkpointing"
-#   TOKENIZER_EPOCHS  full scale: epochs of each of the two stages (40); tokenizers of one stage get twice as many
+#   TOKENIZER_EPOCHS  full scale: epochs of each stage of a tokenizer (40, as LlamaGen's, which has one stage)
+#   KEEP_EVERY   epochs between the GPT weights that a training keeps for good (50, toy 0.5; 0: none), for figure 7c
 #   TOY_SECONDS, TOKENIZER_STEPS  toy: training time of a GPT (45), steps of a tokenizer's second stage (1200)
 #   SEED         of GPT training and sampling (0)
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
@@ -17,16 +18,16 @@ toy() { [ "$TOY" = 1 ]; }
 dry() { [ "$DRY" = 1 ]; }
 if toy; then
     OUT="${OUT:-runs/paper-toy}" DATA=scripts/data/fashion_mnist_train.npz VAL=scripts/data/fashion_mnist_test.npz
-    TOY_SECONDS="${TOY_SECONDS:-45}" TOKENIZER_STEPS="${TOKENIZER_STEPS:-1200}"
+    TOY_SECONDS="${TOY_SECONDS:-45}" TOKENIZER_STEPS="${TOKENIZER_STEPS:-1200}" TOY_MODEL=GPT-tiny
     export NPROC=1
     IMAGES=(--image-size 32 --num-workers 0)
     PERCEPTUAL=(--perceptual-net classifier --perceptual-file "$OUT/teacher.safetensors")
     TOKENIZER=("${IMAGES[@]}" "${PERCEPTUAL[@]}" --vq-model VQ-8-small --no-random-crop --no-random-flip
                --global-batch-size 16 --lr 1e-3 --lr-end 5e-5 --ema-decay 0.99 --codebook-init kmeans --revive-every 50
                --kmeans-vectors 32768 --log-every 50 --checkpoint-every 400)
-    GPT=(--gpt-model GPT-tiny --image-size 32 --downsample-size 8 --num-classes 10 --data-parallel none --num-workers 0
+    GPT=(--image-size 32 --downsample-size 8 --num-classes 10 --data-parallel none --num-workers 0
          --global-batch-size 128 --lr 2e-3 --lr-end 2e-4 --lr-schedule cosine --warmup-steps 20 --ema-decay 0.99
-         --log-every 20 --checkpoint-every 100)
+         --log-every 20 --checkpoint-every 100 --keep-every "${KEEP_EVERY:-0.5}")
     SAMPLE=(--per-class 100 --batch-size 250)
     AUGMENTATION=none
     SEMANTIC=128 DETAIL=512 SINGLE=2048 CLUSTERS=32 COARSE=128  # codebooks: semantic, detail, single; IAR's, CTF's clusters
@@ -37,18 +38,26 @@ else
     MODEL="${MODEL:-GPT-B}" SIZE="${SIZE:-384}" EPOCHS="${EPOCHS:-100}"
     IMAGES=(--image-size 256)
     TOKENIZER=("${IMAGES[@]}") TOKENIZER_EPOCHS="${TOKENIZER_EPOCHS:-40}"
-    GPT=(${GPT_OPTIONS:-})  # beside train_c2i.py's recipe of MODEL and SIZE
+    GPT=(--keep-every "${KEEP_EVERY:-50}" ${GPT_OPTIONS:-})  # beside train_c2i.py's recipe of MODEL and SIZE
     SAMPLE=(--image-size-eval 256)
     AUGMENTATION=ten-crop
     SEMANTIC=256 DETAIL=4096 SINGLE=16384 CLUSTERS=128 COARSE=512
     # The ablations' guidance: table 9's best range; the one fixed scale the paper states (figure 7c).
     RANGE="1.75 3" CONSTANT=2.25 PRESET_ONE=() PRESET_TWO=()  # empty: what the checkpoint carries
 fi
+# A name's prefix equal-: the same loss terms and two phases of the same lengths for every kind of codebook (tokenizer).
 DUAL="dual-$SEMANTIC-$DETAIL" PRODUCT="product-$SEMANTIC-$DETAIL" ONE="single-$SINGLE"
 IAR="balanced-$CLUSTERS" CTF="coarse-$COARSE"
 
 # variant: what tells GPTs of one codebook and one name apart
-variant() { if toy; then echo "${TIME:-$TOY_SECONDS}s-seed$SEED"; else echo "${MODEL#GPT-}-$SIZE-$EPOCHS-seed$SEED"; fi; }
+variant() {
+    if toy; then
+        [ "$TOY_MODEL" = GPT-tiny ] || printf '%s-' "${TOY_MODEL#GPT-}"
+        echo "${TIME:-$TOY_SECONDS}s-seed$SEED"
+    else
+        echo "${MODEL#GPT-}-$SIZE-$EPOCHS-seed$SEED"
+    fi
+}
 SCRIPT="${SCRIPT:-$(basename "$0" .sh)-$(variant)}"  # rows of two tables may share a name
 FIGURES="$OUT/figures/$SCRIPT" SAMPLES="$OUT/samples/$SCRIPT" RECONSTRUCTIONS="$OUT/reconstructions"
 dry || mkdir -p "$FIGURES" "$SAMPLES" "$RECONSTRUCTIONS"
@@ -67,16 +76,18 @@ kept() {
     cat "$1"
 }
 
-# Where things are.  vq NAME: a tokenizer of tokenizer() or rearrange();  code_path NAME: its codes;  gpt_run NAME CODES: a GPT
+# Where things are.  vq NAME: a tokenizer of tokenizer() or rearrange();  code_path NAME: its codes;  gpt_run NAME CODES: a GPT,
+# or with SNAPSHOT set (0050) the weights that its training kept at that epoch
 vq() {
     case "$1" in
-        dual-*) echo "$OUT/tokenizers/$1/dual" ;;
+        dual-* | equal-dual-*) echo "$OUT/tokenizers/$1/dual" ;;
+        equal-*) echo "$OUT/tokenizers/$1/second" ;;
         balanced-* | coarse-*) echo "$OUT/rearranged/$1" ;;
         *) echo "$OUT/tokenizers/$1" ;;
     esac
 }
 code_path() { if toy; then echo "$OUT/codes/$1"; else echo "$OUT/codes/$1-$SIZE"; fi; }
-gpt_run() { echo "$OUT/gpt/$2/$1-$(variant)"; }
+gpt_run() { echo "$OUT/gpt/$2/$1-$(variant)${SNAPSHOT:+/snapshots/epoch-$SNAPSHOT}"; }
 
 # classifiers: toy: the tokenizer's teacher and the judge of samples, as in the quickstart
 classifiers() {
@@ -86,23 +97,34 @@ classifiers() {
     once "$OUT/judge.safetensors" run "${train[@]}" --out "$OUT/judge.safetensors" --widths 48 96 128 --epochs 5 --seed 2
 }
 
-# tokenizer QUANTIZER-SIZE[-SIZE]...: train tokenizers; dual ones in two stages
+# tokenizer [equal-]QUANTIZER-SIZE[-SIZE]...: train tokenizers, dual ones in two stages.  With the prefix equal- the others too
+# are trained twice, the second time from the first one's result: learning rate, Adam, averaging and discriminator start anew for
+# all kinds, and no kind has loss terms that another lacks.
 tokenizer() {
-    local name sizes options stage1 stage2 whole
+    local name sizes options stage1 stage2 whole again=()
     if toy; then
         stage1="--steps $((TOKENIZER_STEPS / 4))" stage2="--steps $TOKENIZER_STEPS" whole="--steps $((TOKENIZER_STEPS * 5 / 4))"
+        again=(--codebook-init uniform)  # keeps the codes of the first run
     else
-        stage1="--epochs $TOKENIZER_EPOCHS" stage2="$stage1" whole="--epochs $((TOKENIZER_EPOCHS * 2))"
+        stage1="--epochs $TOKENIZER_EPOCHS" stage2="$stage1" whole="$stage1"
     fi
     classifiers
     for name in "$@"; do
-        read -r -a sizes <<< "${name//-/ }"  # the quantizer, then its codebook sizes
+        IFS=- read -r -a sizes <<< "${name#equal-}"  # the quantizer, then its codebook sizes
         options=(--data-path "$DATA" --val-path "$VAL" "${TOKENIZER[@]}" --codebook-sizes "${sizes[@]:1}")
+        [[ "$name" != equal-* ]] || options+=(--recipe equal)
         if [ "${sizes[0]}" = dual ]; then
             run env STAGE1="$stage1" STAGE2="$stage2" bash scripts/tokenizer/train_dual_vq.sh \
                 --run-dir "$OUT/tokenizers/$name" "${options[@]}"
+            continue
+        fi
+        options+=(--quantizer "${sizes[0]}")
+        if [[ "$name" = equal-* ]]; then
+            run bash scripts/tokenizer/train_vq.sh --run-dir "$OUT/tokenizers/$name/first" "${options[@]}" $stage1
+            run bash scripts/tokenizer/train_vq.sh --run-dir "$(vq "$name")" "${options[@]}" $stage2 \
+                --init-from "$OUT/tokenizers/$name/first" ${again[@]+"${again[@]}"}
         else
-            run bash scripts/tokenizer/train_vq.sh --run-dir "$(vq "$name")" --quantizer "${sizes[0]}" "${options[@]}" $whole
+            run bash scripts/tokenizer/train_vq.sh --run-dir "$(vq "$name")" "${options[@]}" $whole
         fi
     done
 }
@@ -145,7 +167,7 @@ equal_time() {
     if toy || dry; then echo "${EPOCHS:-}"; return; fi
     for options in "$1" "$2"; do
         local train=(bash scripts/autoregressive/train_c2i.sh --gpt-model "$MODEL" --image-size "$SIZE"
-                     --code-path "$(code_path "$DUAL")" ${GPT[@]+"${GPT[@]}"} $options)
+                     --code-path "$(code_path "$DUAL")" "${GPT[@]}" $options)
         rates+=("$(kept "$OUT/rates/$DUAL/${MODEL#GPT-}-$SIZE${options// /}" rate "${train[@]}")")
     done
     "$PYTHON" -c "print(round($EPOCHS * ${rates[0]} / ${rates[1]}, 1))"
@@ -154,8 +176,12 @@ equal_time() {
 # gpt NAME CODES OPTIONS...: train a GPT; NAME says what its options are
 gpt() {
     local folder options; folder="$(gpt_run "$1" "$2")"
-    options=(--code-path "$(code_path "$2")" ${GPT[@]+"${GPT[@]}"} --seed "$SEED" "${@:3}")
-    toy || options=(--gpt-model "$MODEL" --image-size "$SIZE" --epochs "$EPOCHS" "${options[@]}")
+    options=(--code-path "$(code_path "$2")" "${GPT[@]}" --seed "$SEED" "${@:3}")
+    if toy; then
+        options=(--gpt-model "$TOY_MODEL" "${options[@]}")
+    else
+        options=(--gpt-model "$MODEL" --image-size "$SIZE" --epochs "$EPOCHS" "${options[@]}")
+    fi
     local train=(bash scripts/autoregressive/train_c2i.sh "${options[@]}")
     if toy && ! dry; then train+=(--steps "$(kept "$folder/steps" toy_steps "${train[@]}")"); fi
     run "${train[@]}" --run-dir "$folder"
@@ -217,12 +243,24 @@ sweep() {
         "${SAMPLE[@]}" --seed "$SEED" --folder "$1" "${evaluate[@]}" "${@:2}"
 }
 
-# figures ROW FILE...: merge figures into FIGURES/ROW.json;  table N ROW...: print and keep the table of such rows
+# figures ROW FILE...: merge figures into FIGURES/ROW.json;  parameters ROW NAME CODES: add the number of a GPT's parameters
 figures() { run "$PYTHON" scripts/paper/table.py merge --folder "$FIGURES" --name "$@"; }
+parameters() { figures "$1" --gpt-ckpt "$(gpt_run "$2" "$3")"; }
+
+# measured: what toy figures are of
+measured() { echo "Measured: Fashion-MNIST, 4x4 cells, GPT-tiny, $TOY_SECONDS s each${NOTE:-}. Published: ImageNet."; }
+
+# table N ROW... [--all-published]: print and keep the table of such rows
 table() {
     local note=()
-    if toy; then
-        note=(--note "Measured: Fashion-MNIST, 4x4 cells, GPT-tiny, $TOY_SECONDS s each${NOTE:-}. Published: ImageNet.")
-    fi
+    if toy; then note=(--note "$(measured)"); fi
     run "$PYTHON" scripts/paper/table.py show --folder "$FIGURES" --table "$1" --rows "${@:2}" ${note[@]+"${note[@]}"}
+}
+
+# plot N FOLDER...: draw figure N from the rows in such folders to OUT/figureN.png
+plot() {
+    local options=(--out "$OUT/figure$1.png")
+    if [ $# -gt 1 ]; then options+=(--folders "${@:2}"); fi
+    if toy; then options+=(--toy "$(measured)"); fi
+    run "$PYTHON" scripts/paper/plot_figures.py "$1" "${options[@]}"
 }

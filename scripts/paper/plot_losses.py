@@ -14,10 +14,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its path
 
 import tyro
-from matplotlib.figure import Figure
 
+from scripts.paper.plots import Curve, Panel, check_picture, draw, write_picture
 from utils.config import Fraction, UserError, parse, run_main
-from utils.files import check_writable, write_json
 
 
 @dataclass
@@ -83,23 +82,16 @@ def check(config: PlotConfig) -> None:
         raise UserError("no run folder was given: name at least one before the options.")
     if config.names and len(config.names) != len(config.runs):
         raise UserError(f"--names has {len(config.names)} names for {len(config.runs)} runs: give one per run, or none.")
-    if config.out.suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"--out {str(config.out)!r} is not the name of a picture: give one that ends in .png, .pdf or .svg.")
+    check_picture(config.out)
 
 
-def draw(curves: list[dict[str, Any]], config: PlotConfig) -> Figure:
-    """The picture of all curves."""
-    figure = Figure(figsize=(7, 4.5))
-    axis = figure.subplots()
-    for index, curve in enumerate(curves):
-        axis.plot(curve["steps"], curve["values"], color=f"C{index}", alpha=0.25, linewidth=1)
-        marker = "o" if len(curve["steps"]) < 10 else None  # a line through one point shows nothing
-        axis.plot(curve["steps"], curve["smoothed"], color=f"C{index}", linewidth=1.8, marker=marker, label=curve["name"])
-    axis.set(xlabel="step", ylabel=config.metric, xscale="log" if config.log_x else "linear")
-    axis.grid(alpha=0.3, which="both")
-    axis.legend()
-    figure.tight_layout()
-    return figure
+def panel(curves: list[dict[str, Any]], config: PlotConfig) -> Panel:
+    """The axes of all curves: logged values faint, averages strong."""
+    drawn = []
+    for look, curve in enumerate(curves):
+        drawn.append(Curve(curve["name"], curve["steps"], curve["values"], look, "faint"))
+        drawn.append(Curve(curve["name"], curve["steps"], curve["smoothed"], look))
+    return Panel("", "step", config.metric, drawn, log_x=config.log_x)
 
 
 def main() -> None:
@@ -110,9 +102,8 @@ def main() -> None:
     for name, run_dir in zip(legend_names(config), config.runs):
         steps, values = read_curve(run_dir, config.metric)
         curves.append({"name": name, "steps": steps, "values": values, "smoothed": smoothed(values, config.smooth)})
-    check_writable(config.out.parent, "--out")
-    draw(curves, config).savefig(config.out, dpi=120)
-    write_json(config.out.with_suffix(".json"), {"metric": config.metric, "smooth": config.smooth, "runs": curves})
+    points = {"metric": config.metric, "smooth": config.smooth, "runs": curves}
+    write_picture(draw([panel(curves, config)]), config.out, points)
     for curve in curves:
         print(f"{curve['name']:30} {curve['smoothed'][-1]:.4f} at step {curve['steps'][-1]}")
 

@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its p
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from autoregressive.sample.pipeline import Pipeline, carried_options, check_sampling
 from autoregressive.sample.sample_c2i_ddp import SampleConfig, write_samples
@@ -26,6 +25,7 @@ from evaluations.c2i.evaluator import compare
 from evaluations.c2i.features import FeatureSource
 from evaluations.c2i.judge import features_and_votes, judge
 from evaluations.c2i.metrics import feature_statistics
+from scripts.paper.plots import Curve, Panel, draw
 from scripts.paper.table import markdown_table
 from utils.classifier import load_classifier
 from utils.config import UserError, parse, run_main
@@ -39,6 +39,7 @@ log = logging.getLogger("sweep_c2i")
 # Table 9: guidance ranges of IAR2-B.
 TABLE_9 = ("1.5:2.25", "1.5:2.5", "1.5:2.75", "1.5:3.0", "1.75:2.25", "1.75:2.5", "1.75:2.75", "1.75:3.0", "1.75:3.5",
            "2.0:2.5", "2.0:2.75", "2.0:3.0")
+CARRIED = "carried"
 
 
 @dataclass
@@ -51,7 +52,7 @@ class SweepConfig:
     folder: Path = Path("samples/sweep")
     """Folder of the npz files, sweep.json, sweep.md and sweep.png."""
     ranges: tuple[str, ...] = TABLE_9
-    """Guidance ranges START:END; equal ends are constant guidance."""
+    """Guidance ranges START:END; equal ends are constant guidance; carried: the range that the checkpoint carries."""
     judge: str = ""
     """File of evaluations/c2i/classifier.py that judges small images; empty: ADM's metrics."""
     inception_weights: Path | None = None
@@ -61,12 +62,22 @@ class SweepConfig:
 Figures = Mapping[str, float | None]
 
 
-def parse_range(text: str) -> tuple[float, float]:
-    """"START:END" -> two numbers; raises UserError for anything else."""
+def parse_range(text: str, carried: tuple[float, ...]) -> tuple[float, ...]:
+    """"START:END" -> two numbers, "carried" -> those of the checkpoint; raises UserError for anything else."""
+    if text == CARRIED:
+        if len(carried) != 2:
+            raise UserError(f"--ranges {CARRIED} asks for the range of --gpt-ckpt, which carries the scales {list(carried)}: "
+                            "give START:END.")
+        return carried
     found = re.fullmatch(r"(\d*\.?\d+):(\d*\.?\d+)", text)
     if found is None:
         raise UserError(f"--ranges {text!r} is no range: give START:END, for example 1.75:3.0.")
     return float(found[1]), float(found[2])
+
+
+def ends(config: SweepConfig) -> dict[str, tuple[float, ...]]:
+    """Start and end of every range by its text."""
+    return {text: parse_range(text, config.samples.sampling.cfg_scale) for text in config.ranges}
 
 
 def adm_figures(config: SweepConfig, device: torch.device) -> Callable[[Path], Figures]:
@@ -93,7 +104,7 @@ def judge_figures(config: SweepConfig, size: int, device: torch.device) -> Calla
 def sweep(config: SweepConfig, processes: Processes) -> dict[str, Figures]:
     """Sample and evaluate every range that is missing; returns the figures by range."""
     base, results_file = config.samples, config.folder / "sweep.json"
-    options = {text: replace(base.sampling, cfg_scale=parse_range(text)) for text in config.ranges}
+    options = {text: replace(base.sampling, cfg_scale=scale) for text, scale in ends(config).items()}
     pipeline = Pipeline(base.models, options[config.ranges[0]], base.fine, processes.device)
     for sampling in options.values():  # all ranges are checked before the first is drawn
         check_sampling(sampling, pipeline.gpt)
@@ -118,30 +129,31 @@ def sweep(config: SweepConfig, processes: Processes) -> dict[str, Figures]:
     return {text: results[text]["figures"] for text in config.ranges} if processes.is_main else {}
 
 
-def table(results: dict[str, Figures]) -> str:
+def table(results: dict[str, Figures], scales: dict[str, tuple[float, ...]]) -> str:
     """Markdown table, a row for each range."""
     names = list(next(iter(results.values())))
-    rows = [[*text.split(":"), *("n/a" if figures[name] is None else f"{figures[name]:.4g}" for name in names)]
+    rows = [[*(f"{scale:g}" for scale in scales[text]),
+             *("n/a" if figures[name] is None else f"{figures[name]:.4g}" for name in names)]
             for text, figures in results.items()]
     return markdown_table(["start", "end", *names], rows)
 
 
-def draw_curves(results: dict[str, Figures], path: Path) -> None:
+def panels(results: dict[str, Figures], scales: dict[str, tuple[float, ...]]) -> list[Panel]:
     """Figures over the end of the range, with a curve for each start and one for constant guidance."""
-    names = [name for name in next(iter(results.values())) if name != "images"]
-    figure = Figure(figsize=(4.2 * len(names), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(names), squeeze=False)[0]
-    points = [(*parse_range(text), figures) for text, figures in results.items()]
     curves: dict[str, list[tuple[float, Figures]]] = {}
+    points = [(scales[text][0], scales[text][1], figures) for text, figures in results.items()]
     for start, end, figures in sorted(points, key=lambda point: (point[0] == point[1], *point[:2])):  # constant guidance last
         curves.setdefault("constant" if start == end else f"from {start:g}", []).append((end, figures))
-    for axis, name in zip(axes, names):
-        for label, curve in curves.items():
-            axis.plot([end for end, _ in curve], [figures[name] for _, figures in curve], marker="o", label=label)
-        axis.set(title=name, xlabel="end of the guidance range")
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.savefig(path, dpi=110)
+    found = []
+    for name in next(iter(results.values())):
+        drawn = []
+        for look, (label, curve) in enumerate(curves.items()):
+            known = [(end, value) for end, figures in curve if (value := figures[name]) is not None]
+            if known:
+                drawn.append(Curve(label, [end for end, _ in known], [value for _, value in known], look))
+        if drawn and name != "images":
+            found.append(Panel("", "end of the guidance range", name, drawn))
+    return found
 
 
 def main() -> None:
@@ -157,9 +169,9 @@ def main() -> None:
     check_writable(config.folder, "--folder")
     results = sweep(config, processes)
     if processes.is_main:
-        text = table(results)
+        text = table(results, ends(config))
         (config.folder / "sweep.md").write_text(text)
-        draw_curves(results, config.folder / "sweep.png")
+        draw(panels(results, ends(config)), size=(4.2, 3.4), columns=5).savefig(config.folder / "sweep.png", dpi=110)
         print(text)
     processes.close()
 

@@ -1,6 +1,7 @@
 """Tables of the paper: gather measured figures, and print them beside the published ones.
 
     python scripts/paper/table.py merge FILE... --folder F --name ROW      add a JSON file's figures to F/ROW.json
+    python scripts/paper/table.py merge --gpt-ckpt G --folder F --name ROW add a GPT's number of parameters, in millions
     python scripts/paper/table.py show --folder F --table 5 --rows ROW...  the table in Markdown, kept as F/table5.md
 
 Figures of a row that was run with several seeds are in ROW-seed0.json, ROW-seed1.json, ...; the table shows mean ± standard
@@ -13,12 +14,13 @@ import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its path
 
 import tyro
 
+from utils.checkpoint import read_export
 from utils.config import UserError, choices, parse, run_main
 from utils.files import read_json, write_json
 
@@ -26,7 +28,8 @@ PUBLISHED = Path(__file__).with_name("published.json")
 # Measured figures in the order of the columns, with their digits.
 COLUMNS = {"fid": 2, "sfid": 2, "inception_score": 1, "precision": 3, "recall": 3, "rfid": 2, "psnr": 2, "ssim": 3, "lpips": 3,
            "usage_semantic": 3, "usage_detail": 3, "usage_token": 3, "steps": 0, "bits_per_image": 1, "frechet": 2,
-           "class_accuracy": 3, "images_per_second": 1}
+           "class_accuracy": 3, "images_per_second": 1, "parameters": 2}
+PARAMETERS = "parameters in millions"
 
 
 @dataclass
@@ -45,10 +48,14 @@ class TableConfig:
     """merge: keys that lead to the figures in the files' nested objects, outermost first."""
     prefix: str = ""
     """merge: put before the figures' names (r turns fid into rfid)."""
+    gpt_ckpt: Path | None = None
+    """merge: GPT whose parameters are counted."""
     table: str = ""
     """show: key of published.json."""
     rows: tuple[str, ...] = ()
-    """show: rows in order."""
+    """show: rows in order; each must have been measured."""
+    all_published: bool = False
+    """show: also the table's other rows that have published figures, all in the table's order."""
     note: str = ""
     """show: a sentence under the title."""
 
@@ -68,6 +75,8 @@ def merge(config: TableConfig) -> None:
                 row[name] = added[name]
             elif name in COLUMNS and isinstance(value, (int, float)):
                 row[name] = value
+    if config.gpt_ckpt:
+        row["parameters"] = sum(tensor.numel() for tensor in read_export(config.gpt_ckpt, "gpt", "--gpt-ckpt")[1].values()) / 1e6
     write_json(path, row)
 
 
@@ -94,18 +103,32 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([first, "|" + "---|" * len(head), *others]) + "\n"
 
 
+def read_published(table: str) -> dict[str, Any]:
+    """A table of published.json: title, columns, and by row a label, values in the columns' order, perhaps parameters."""
+    published = json.loads(PUBLISHED.read_text())
+    return published.get(table, {"title": f"Table {table} (nothing published)", "columns": [], "rows": {}})
+
+
+def published_cells(known: dict[str, Any], head: list[str]) -> list[str]:
+    """Published values of a row under the columns of `head`, empty where there is none."""
+    values = [str(value) for value in known["values"]]
+    parameters = [str(known.get("parameters", ""))] if head[:1] == [PARAMETERS] else []
+    return parameters + values + [""] * (len(head) - len(parameters) - len(values))
+
+
 def markdown(config: TableConfig) -> str:
     """The table: label, published columns, measured columns."""
-    published = json.loads(PUBLISHED.read_text())
-    source = published.get(config.table, {"title": f"Table {config.table} (nothing published)", "columns": [], "rows": {}})
+    source = read_published(config.table)
     measured = {row: read_row(config.folder, row) for row in config.rows}
+    if config.all_published:
+        shown = [row for row, known in source["rows"].items() if known["values"] or row in measured]
+        measured = {row: measured.get(row, {}) for row in [*shown, *measured]}
+    known = {row: source["rows"].get(row, {"label": row, "values": []}) for row in measured}
+    columns = [PARAMETERS] * any("parameters" in row for row in known.values()) + source["columns"]
     names = [name for name in COLUMNS if any(name in figures for figures in measured.values())]
-    head = ["", *(f"{column} (published)" for column in source["columns"]), *(name.replace("_", " ") for name in names)]
-    rows = []
-    for row, figures in measured.items():
-        known = source["rows"].get(row, {"label": row, "values": []})
-        values = [str(value) for value in known["values"]] + [""] * (len(source["columns"]) - len(known["values"]))
-        rows.append([known["label"], *values, *(cell(figures.get(name), COLUMNS[name]) for name in names)])
+    head = ["", *(f"{column} (published)" for column in columns), *(name.replace("_", " ") for name in names)]
+    rows = [[known[row]["label"], *published_cells(known[row], columns),
+             *(cell(figures.get(name), COLUMNS[name]) for name in names)] for row, figures in measured.items()]
     note = f"{config.note}\n" if config.note else ""
     return f"**{source['title']}**\n{note}\n{markdown_table(head, rows)}"
 
