@@ -2,6 +2,7 @@
 # defines `launch SCRIPT OPTIONS...`.  Environment variables, as for torchrun:
 #   NPROC        processes on this node; default: the GPUs this shell may use, 1 without any
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several nodes; the same command on each
+#   MAX_RESTARTS how often several processes are started again after one was killed; default 3
 set -euo pipefail
 REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -70,11 +71,25 @@ launch() {
     [[ " $* " != *" --help "* && " $* " != *" -h "* ]] || processes=1 nodes=1
     processes="${processes:-$(gpus)}"
     if [ "$processes" = 1 ] && [ "$nodes" = 1 ]; then
-        "$PYTHON" "$script" "$@"
+        supervised "$PYTHON" "$script" "$@"
     else
-        "$PYTHON" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$processes" --node-rank "${NODE_RANK:-0}" \
-            --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" "$script" "$@"
+        NPROC="$processes" NNODES="$nodes" supervised "$PYTHON" "$REPOSITORY/scripts/launch.py" "$script" "$@"
     fi
+}
+
+# supervised COMMAND...: run it and pass signals on to it, which bash alone would keep to itself.
+supervised() {
+    local child status=0
+    "$@" <&0 & child=$!
+    trap 'kill -TERM $child' TERM
+    trap 'kill -USR1 $child' USR1
+    trap 'kill -INT $child' INT
+    while :; do
+        status=0; wait "$child" || status=$?
+        kill -0 "$child" 2>/dev/null || break  # a signal ends the waiting, not the child
+    done
+    trap - TERM USR1 INT
+    return "$status"
 }
 
 find_python

@@ -1,14 +1,25 @@
-"""Code folders: what is written is what training reads; extraction, several folders, damaged images."""
+"""Code folders: what is written is what training reads; extraction, several folders, damaged images and folders."""
 
+import errno
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from autoregressive.train import extract_codes_c2i, train_c2i
+from autoregressive.train import evaluate_c2i, extract_codes_c2i, train_c2i
 from tests.conftest import TINY_VQ, call, command, export_models
+from tests.test_npz import ALONE
 from tokenizer.tokenizer_image.vq_model import load_tokenizer
-from utils.code_shards import CodeDataset, CodeHeader, CodeWriter, read_header
+from utils import row_shares
+from utils.code_shards import CodeDataset, CodeHeader, open_codes, read_header
+from utils.code_writer import CodeWriter
+from utils.config import UserError
+from utils.row_shares import Share
 
 
 def write_codes(folder: Path, images: int = 48, crops: int = 2, tokenizer: str = "test", seed: int = 0, classes: int = 3) -> Path:
@@ -16,7 +27,7 @@ def write_codes(folder: Path, images: int = 48, crops: int = 2, tokenizer: str =
     rng = np.random.default_rng(seed)
     header = CodeHeader(tokenizer, [8, 16], 4, 32, crops, "flip", 3, images, source="random")
     folder.mkdir(parents=True)
-    writer = CodeWriter(folder, header, np.arange(images) % classes, create=True)
+    writer = CodeWriter(folder, header, np.arange(images) % classes, ALONE)
     codes = np.stack([rng.integers(0, size, (images, crops, 16)) for size in (8, 16)], axis=2)
     writer.write(np.arange(images), codes.astype(np.uint16))
     writer.finish()
@@ -60,7 +71,7 @@ def test_codes_of_huge_codebooks_keep_their_values(tmp_path):
     for size, dtype in ((2**16, np.uint16), (70_000, np.uint32)):
         folder = tmp_path / str(size)
         folder.mkdir()
-        writer = CodeWriter(folder, CodeHeader("t", [size], 2, 32, 1, "none", 1, 1, "x"), np.zeros(1, int), create=True)
+        writer = CodeWriter(folder, CodeHeader("t", [size], 2, 32, 1, "none", 1, 1, "x"), np.zeros(1, int), ALONE)
         writer.write(np.array([0]), np.minimum(codes, size - 1))
         writer.finish()
         assert np.load(folder / "codes.npy").dtype == dtype
@@ -122,9 +133,232 @@ def test_crops_are_drawn_from_all_folders(tmp_path):
 def test_folders_of_other_images_or_codes_are_refused(tmp_path, change, words, capsys):
     """Crops of other images under the same labels would train without a word."""
     folders = [write_codes(tmp_path / "a", images=10), write_codes(tmp_path / "b", **{"images": 10, "seed": 1} | change)]
+    assert words in refused(capsys, train_c2i.main, *train_options(folders, tmp_path / "run"))
+
+
+def train_options(folders: list[Path], run_dir: Path) -> list:
+    """Command line of one training step on code folders."""
+    return ["--code-path", *folders, "--run-dir", run_dir, "--gpt-model", "GPT-tiny", "--image-size", 32, "--downsample-size", 8,
+            "--num-classes", 3, "--global-batch-size", 8, "--steps", 1, "--num-workers", 0, "--device", "cpu",
+            "--data-parallel", "none"]
+
+
+def refused(capsys, main, *arguments) -> str:
+    """Run an entry point that must refuse and say nothing but one line; returns it."""
     with pytest.raises(SystemExit) as stopped:
-        call(train_c2i.main, "--code-path", *folders, "--run-dir", tmp_path / "run", "--gpt-model", "GPT-tiny",
-             "--image-size", 32, "--downsample-size", 8, "--num-classes", 3, "--global-batch-size", 8, "--steps", 1,
-             "--num-workers", 0, "--device", "cpu", "--data-parallel", "none")
+        call(main, *arguments)
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and words in error and error.count("\n") == 1
+    assert stopped.value.code == 2 and error.startswith("error: ") and error.endswith(".\n") and error.count("\n") == 1, error
+    return error
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def test_codes_beyond_their_codebook_are_never_written(tmp_path):
+    """They would end a training with an index error, or a CUDA assertion, hours later."""
+    header = CodeHeader("t", [8, 16], 4, 32, 1, "none", 3, 4, "x")
+    writer = CodeWriter(write_codes(tmp_path / "codes").parent, header, np.zeros(4, int), ALONE)
+    good = np.zeros((1, 1, 2, 16), np.int64)
+    for stream, code in ((0, 8), (1, 16), (0, -1), (1, 70_000)):
+        bad = good.copy()
+        bad[0, 0, stream, 5] = code
+        with pytest.raises(ValueError, match="are not of codebooks of"):
+            writer.write(np.array([2]), bad)
+    with pytest.raises(ValueError, match="codes are"):
+        writer.write(np.array([2]), good[:, :, :, :15])
+    with pytest.raises(RuntimeError, match="4 of 4 rows are missing"):
+        writer.finish()
+
+
+def test_a_full_disk_at_any_moment_loses_nothing(tmp_path, monkeypatch):
+    """The user makes space and runs the same command: what was done stays done, wherever the disk was full."""
+    monkeypatch.setattr(row_shares, "_FEWEST_ROWS", 4)
+    header, calls, pwrite = CodeHeader("t", [8], 4, 32, 1, "none", 3, 10, "x"), [0, 0], os.pwrite
+    codes = np.random.default_rng(0).integers(0, 8, (10, 1, 1, 16))
+
+    def full(file: int, data: memoryview, at: int) -> int:
+        calls[0] += 1
+        if calls[0] > calls[1]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(file, data[: 1 + len(data) // 2], at)  # a disk takes what still fits
+
+    monkeypatch.setattr(os, "pwrite", full)
+    written = []
+    for failures in range(1000):
+        calls[:] = 0, failures % 30
+        try:
+            writer = CodeWriter(tmp_path, header, np.arange(10) % 3, ALONE)
+            for row in writer.share():
+                writer.write(np.array([row]), codes[[row]])
+                written.append(row)
+            writer.finish()
+            break
+        except UserError as error:
+            assert f"--code-path {tmp_path} does not fit on its disk (No space left on device): free" in str(error)
+    assert sorted(written) == list(range(10)) and failures > 10
+    assert np.array_equal(open_codes(tmp_path).codes, codes) and open_codes(tmp_path).header.largest_codes == [codes.max()]
+    assert sorted(os.listdir(tmp_path)) == ["codes.npy", "header.json", "labels.npy", "state.npy"]
+
+
+@pytest.mark.parametrize("moment", ["_move", "remove"])
+def test_an_interrupted_merge_carries_on(tmp_path, monkeypatch, moment):
+    """Shares are removed one by one while codes.npy grows: at no moment may the only copy of a row be lost."""
+    monkeypatch.setattr(row_shares, "_FEWEST_ROWS", 4)
+    whole = open_codes(write_codes(tmp_path / "whole", images=13))
+    owner: type = Share if moment == "remove" else CodeWriter
+    step, left = getattr(owner, moment), [2]
+
+    def interrupt(*arguments) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        step(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, moment, interrupt)
+        write_codes(tmp_path / "codes", images=13)
+    with pytest.raises(UserError, match="unfinished"):
+        open_codes(tmp_path / "codes")
+    writer = CodeWriter(tmp_path / "codes", whole.header, whole.labels, ALONE)
+    assert len(writer.share()) == 0 and len(list((tmp_path / "codes" / "shares").glob("*.rows"))) in (3, 4)
+    writer.finish()
+    for name in ("codes.npy", "labels.npy", "state.npy", "header.json"):
+        assert (tmp_path / "codes" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_other_images_of_the_same_number_are_not_mixed_in(tmp_path):
+    """A data set of as many images under the same name would fill the other half of the folder."""
+    header = open_codes(write_codes(tmp_path / "codes")).header
+    with pytest.raises(UserError, match="holds codes of images with other labels"):
+        CodeWriter(tmp_path / "codes", header, np.arange(48) % 2, ALONE)
+
+
+def test_codes_of_no_image_are_an_error(tmp_path):
+    """A data set in which nothing can be read must not pass for an extraction that has succeeded."""
+    writer = CodeWriter(tmp_path, CodeHeader("t", [8], 4, 32, 1, "none", 3, 4, "x"), np.zeros(4, int), ALONE)
+    writer.mark_unreadable(writer.share())
+    with pytest.raises(UserError, match=f"--code-path {tmp_path} would hold no codes because none of the 4 images could be read"):
+        writer.finish()
+    with pytest.raises(UserError, match="unfinished"):
+        open_codes(tmp_path)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_pickling_a_data_set_takes_no_codes_along(tmp_path):
+    """Loader processes that are not forked would each receive, and hold, the whole map."""
+    dataset = CodeDataset(write_codes(tmp_path / "codes", images=2000))
+    data = pickle.dumps(dataset)
+    assert len(data) < (tmp_path / "codes" / "codes.npy").stat().st_size / 3
+    items, again = [(3, 7), (1, 1999)], pickle.loads(data)
+    assert isinstance(again.codes[0], np.memmap) and not again.codes[0].flags.writeable
+    for first, second in zip(dataset.__getitems__(items), again.__getitems__(items), strict=True):
+        assert first.equal(second)
+
+
+def test_a_folder_of_an_older_version_is_read(tmp_path):
+    """Codes extracted before headers had a version, or the largest codes, took days too."""
+    header = change_header(write_codes(tmp_path / "codes"), version=None, largest_codes=None)
+    assert "version" not in header and len(CodeDataset(tmp_path / "codes")) == 48
+    assert open_codes(tmp_path / "codes").header.version == 1
+
+
+def change_header(folder: Path, **changes) -> dict:
+    """Change fields of header.json; None removes one."""
+    header = json.loads((folder / "header.json").read_text()) | changes
+    header = {name: value for name, value in header.items() if value is not None}
+    (folder / "header.json").write_text(json.dumps(header))
+    return header
+
+
+def header(**changes) -> Callable[[Path], object]:
+    return lambda folder: change_header(folder, **changes)
+
+
+def text(content: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / "header.json").write_text(content)
+
+
+def cut(name: str, length: int) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:length])
+
+
+def junk(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def array(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], object]:
+    return lambda folder: np.save(folder / name, change(np.load(folder / name)), allow_pickle=True)
+
+
+def put(name: str, place: tuple[int, ...], value: int) -> Callable[[Path], object]:
+    def change(values: np.ndarray) -> np.ndarray:
+        values[place] = value
+        return values
+
+    return array(name, change)
+
+
+ARRAYS = ("codes.npy", "labels.npy", "state.npy")
+DAMAGE: list[tuple[Callable[[Path], object], str]] = [
+    (lambda folder: (folder / "header.json").unlink(), "holds no codes (no header.json)"),
+    (text(""), "header.json is no JSON"), (text('{"tokenizer": "te'), "header.json is no JSON"),
+    (text("[1, 2]"), "header.json is no JSON object"), (text("7"), "header.json is no JSON object"),
+    *[(header(**{name: None}), f"lacks the field '{name}'") for name in (
+        "tokenizer", "codebook_sizes", "grid_size", "image_size", "crops", "augmentation", "num_classes", "images", "source")],
+    (header(complete=None), "unfinished"), (header(complete=False), "unfinished"),
+    (header(colour="red"), "has the unknown field 'colour'"), (header(version=2, colour="red"), "by a newer version, 2 where 1"),
+    (header(version="1"), 'has version "1", not a positive integer'), (header(images=48.0), "has images 48.0, not a positive"),
+    (header(images=True), "has images true, not a positive"), (header(images=0), "has images 0, not a positive integer"),
+    (header(crops=-1), "has crops -1, not a positive"), (header(grid_size="4"), 'has grid_size "4", not a positive'),
+    (header(tokenizer=3), "has tokenizer 3, not a string"), (header(source=["x"]), 'has source ["x"], not a string'),
+    (header(complete="yes"), 'has complete "yes", not true or false'), (header(codebook_sizes=8), "has codebook_sizes 8, not"),
+    (header(codebook_sizes=[8, "a"]), 'has codebook_sizes [8, "a"], not a list'),
+    (header(codebook_sizes=[]), "has codebook_sizes [], not a size"), (header(codebook_sizes=[0, 16]), "not a size of 1 to"),
+    (header(largest_codes=[7]), "has largest_codes [7], which do not fit"),
+    (header(largest_codes=[7, 16]), "has largest_codes [7, 16], which do not fit codebooks of [8, 16] codes"),
+    (header(images=49), "codes.npy holds <u2 (48, 2, 2, 16) where header.json says <u2 (49, 2, 2, 16)"),
+    (header(codebook_sizes=[8, 70_000]), "where header.json says <u4"),
+    (header(codebook_sizes=[8], largest_codes=[7]), "where header.json says <u2 (48, 2, 1, 16)"),
+    *[(lambda folder, name=name: (folder / name).unlink(), f"{name} does not exist") for name in ARRAYS],
+    *[(cut(name, length), f"{name} is truncated or no npy file") for name in ARRAYS for length in (0, 5, 60, 130)],
+    (cut("codes.npy", 6000), "codes.npy is truncated"),
+    *[(junk(name, content), f"{name} is truncated or no npy file") for name in ARRAYS
+      for content in (b"junk" * 999, b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 70_000, b"\x80\x04K\x01.", b"PK\x03\x04" + bytes(99))],
+    *[(array(name, lambda values: values.astype(object)), f"{name} is truncated or no npy file") for name in ARRAYS],
+    *[(array(name, lambda values: values.astype(np.float32)), f"{name} holds <f4") for name in ARRAYS],
+    *[(array(name, lambda values: values.astype(values.dtype.newbyteorder(">"))), f"{name} holds >") for name in ARRAYS[:2]],
+    *[(array(name, lambda values: values[:-1]), f"{name} holds") for name in ARRAYS],
+    *[(array(name, lambda values: np.concatenate([values, values])), f"{name} holds") for name in ARRAYS],
+    (array("codes.npy", lambda values: values[..., 0]), "codes.npy holds"),
+    (array("codes.npy", np.asfortranarray), "in Fortran order"),
+    *[(lambda folder, name=name: junk(name, (folder / name).read_bytes() + b"more")(folder), f"{name} has") for name in ARRAYS],
+    (put("labels.npy", (5,), 3), "labels.npy gives image 5 the label 3, not one of 0 to 2"),
+    (put("labels.npy", (47,), -1), "labels.npy gives image 47 the label -1"),
+    (put("state.npy", (6,), 3), "state.npy gives image 6 the state 3"),
+    (put("state.npy", (6,), 0), "state.npy says that 1 of 48 images have no codes"),
+    (array("state.npy", lambda values: values * 2), "has codes of no image, all 48 were unreadable"),
+    (put("codes.npy", (7, 1, 0, 3), 8), "has code 8 in stream 0 of codes.npy, whose codebook has 8 codes"),
+    (put("codes.npy", (47, 0, 1, 15), 65_535), "has code 65535 in stream 1"),
+]
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> tuple[Path, Path]:
+    """A code folder and the file of a GPT that it fits."""
+    folder = tmp_path_factory.mktemp("sound")
+    return write_codes(folder / "codes"), export_models(folder / "models")[0]
+
+
+@pytest.mark.parametrize("damage, words", DAMAGE, ids=[f"{number}-{words[:30]}" for number, (_, words) in enumerate(DAMAGE)])
+def test_damaged_folders_are_told_before_anything_starts(sound, tmp_path, capsys, damage, words):
+    """A full disk, a broken copy, a wrong folder: one sentence, not a traceback hours later, whoever reads the folder."""
+    codes, gpt = shutil.copytree(sound[0], tmp_path / "codes"), sound[1]
+    damage(codes)
+    said = refused(capsys, train_c2i.main, *train_options([codes], tmp_path / "run"))
+    assert f"--code-path {codes}" in said and words in said
+    said = refused(capsys, evaluate_c2i.main, "--gpt-ckpt", gpt, "--code-path", codes, "--out", tmp_path / "bits.json")
+    assert f"--code-path {codes}" in said and words in said
+    assert os.listdir(tmp_path) == ["codes"]

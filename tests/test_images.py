@@ -63,7 +63,7 @@ def numbers(count: int, size: int = 8) -> tuple[np.ndarray, np.ndarray]:
 def test_folder_numbers_classes_by_sorted_name(folder: Path) -> None:
     """Label ids must equal torchvision's and LlamaGen's, or released class-conditional weights draw other classes."""
     source = open_images(folder)
-    assert source.class_names == ["a-cat", "b-dog", "c-owl"] and source.num_classes == 3
+    assert source.class_names == ("a-cat", "b-dog", "c-owl") and source.num_classes == 3
     assert source.labels.tolist() == [0] * 4 + [1] * 2 + [2] * 3 and source.labels.dtype == np.int64
     assert source.name(5) == str(folder / "b-dog" / "1.png")
     assert np.array_equal(source.load(5), noise(20, 24, 1))
@@ -150,8 +150,8 @@ PIXELS, LABELS = np.zeros((3, 4, 4, 3), np.uint8), np.array([0, 1, 1])
     ({"images": PIXELS, "labels": LABELS[:2]}, "has labels of shape (2,) for 3 images, not (3,): give one label"),
     ({"images": PIXELS, "labels": LABELS[:, None]}, "has labels of shape (3, 1) for 3 images, not (3,)"),
     ({"images": PIXELS, "labels": LABELS * 1.0}, "has labels of type float64, not integers: number the classes"),
-    ({"images": PIXELS, "labels": LABELS - 1}, "has the negative label -1 at row 0: number the classes from 0."),
     ({"images": PIXELS, "labels": np.array([None] * 3)}, "has labels of type object, not integers"),
+    ({"images": PIXELS, "labels": LABELS - 1}, "has the negative label -1 at row 0: number the classes from 0."),
 ])
 def test_npz_mistakes(tmp_path: Path, arrays: dict[str, np.ndarray], sentence: str) -> None:
     """A wrong array would otherwise train for hours on swapped axes or shifted classes."""

@@ -3,12 +3,15 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from scripts import launch
 from tests.conftest import REPOSITORY
 
 SCRIPTS = REPOSITORY / "scripts"
@@ -61,12 +64,12 @@ def test_launchers_start_their_script_from_any_folder(run, launcher):
     assert len(lines) == 2
 
 
-def test_launchers_take_all_gpus(run):
+def test_launchers_take_all_gpus(run, tmp_path):
     """The default of LlamaGen's launchers is a whole node; --help and the evaluation need one process."""
+    counting = str(executable(tmp_path / "counting", 'echo "$NPROC" "$@"\n'))
     gpus = {"CUDA_VISIBLE_DEVICES": "0,1,2"}
-    [words] = run(SCRIPTS / "autoregressive/train_c2i.sh", "--seed", "1", **gpus)
-    assert words[:2] == ["-m", "torch.distributed.run"] and words[words.index("--nproc-per-node") + 1] == "3"
-    assert words[-3:] == [str(REPOSITORY / "autoregressive/train/train_c2i.py"), "--seed", "1"]
+    [words] = run(SCRIPTS / "autoregressive/train_c2i.sh", "--seed", "1", **gpus, PYTHON=counting, REQUIREMENTS_MET_BY=counting)
+    assert words == ["3", str(SCRIPTS / "launch.py"), str(REPOSITORY / "autoregressive/train/train_c2i.py"), "--seed", "1"]
     assert len(run(SCRIPTS / "autoregressive/train_c2i.sh", "--help", **gpus)[0]) == 2
     assert len(run(SCRIPTS / "evaluations/evaluate_c2i.sh", "r.npz", "s.npz", **gpus)[0]) == 3
 
@@ -97,6 +100,31 @@ def test_two_stages_take_one_run_folder(run):
 
     assert folders("--data-path", "d") == ["runs/vq/semantic", "runs/vq/dual"]
     assert folders("--run-dir", "R") == folders("--run_dir=R") == folders(RUN_DIR="R") == ["R/semantic", "R/dual"]
+
+
+@pytest.mark.parametrize("name, code", [("TERM", 143), ("USR1", 143), ("INT", 130)])
+def test_a_launcher_passes_signals_on_and_waits(tmp_path, name, code):
+    """`kill` of the wrapper must reach the training, whose own end, after its checkpoint, is the wrapper's."""
+    said = tmp_path / "said"
+    program = (f"import signal, time, sys\nasked = []\nfor each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):\n"
+               f"    signal.signal(each, lambda number, frame: asked.append(number))\n"
+               f"open({str(said)!r}, 'w').write('ready')\nwhile not asked:\n    time.sleep(0.02)\ntime.sleep(0.5)\n"
+               f"open({str(said)!r}, 'w').write(signal.Signals(asked[0]).name)\nsys.exit({code})\n")
+    (tmp_path / "own.py").write_text(program)
+    environment = os.environ | {"NPROC": "1", "PYTHON": sys.executable, "REQUIREMENTS_MET_BY": sys.executable}
+    wrapper = subprocess.Popen(["bash", SCRIPTS / "launch.sh", "own.py"], cwd=tmp_path, env=environment)
+    while not said.exists():
+        time.sleep(0.02)
+    wrapper.send_signal(getattr(signal, f"SIG{name}"))
+    assert wrapper.wait(20) == code and said.read_text() == f"SIG{name}"
+
+
+def test_several_nodes_meet_at_node_0():
+    """One node takes a free port of its own, so that two jobs on one machine do not meet."""
+    alone = launch.words({"NPROC": "2"}, ["x.py"])
+    assert alone[alone.index("--rdzv-endpoint") + 1] == "localhost:0" and alone[-1] == "x.py"
+    second = launch.words({"NPROC": "2", "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "n0"}, ["x.py"])
+    assert second[second.index("--rdzv-endpoint") + 1] == "n0:29500" and "is_host=false,join_timeout=600" in second
 
 
 def test_launch_finds_a_script_by_either_folder(run, tmp_path):

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from tokenizer.validation import val_ddp
-from utils import image_store
+from utils import row_shares
 from utils.config import UserError
 from utils.crops import center_crop
 from utils.distributed import Processes
@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SHAPE = (10, 4, 5, 3)
 IDENTITY = {"seed": 0, "scale": [1.5, 2.0]}
 ALONE = Processes(0, 1, 0, torch.device("cpu"))
-IMPORTS = "import os, sys, numpy as np; from pathlib import Path; from utils.image_store import ImageStore\n"
+IMPORTS = ("import os, sys, numpy as np; from pathlib import Path; from tests.test_npz import ALONE; "
+           "from utils.image_store import ImageStore\n")
 
 
 def pixels(count: int = 10) -> np.ndarray:
@@ -38,7 +39,7 @@ def pixels(count: int = 10) -> np.ndarray:
 
 def filled(path: Path) -> ImageStore:
     """A store with all ten rows written."""
-    store = ImageStore(path, SHAPE, IDENTITY)
+    store = ImageStore(path, SHAPE, IDENTITY, ALONE)
     store.write(np.arange(10), pixels())
     return store
 
@@ -74,12 +75,12 @@ def test_python_objects_are_refused(tmp_path: Path, save: Callable[..., None]) -
 def test_rows_in_any_order_become_one_npz(tmp_path: Path) -> None:
     """np.load must read the result as if np.savez had written it, whatever order the rows came in."""
     path = tmp_path / "deep" / "out.npz"
-    store = ImageStore(path, SHAPE, IDENTITY)
+    store = ImageStore(path, SHAPE, IDENTITY, ALONE)
     order = np.array([3, 4, 5, 9, 0, 2, 1, 8, 7, 6])
     for part in (order[:6], order[6:]):
         store.write(part, pixels()[part])
     assert not path.exists()
-    assert store.finish(ALONE, arr_1=np.arange(10), kind=np.array("samples")) == 10
+    assert store.finish(arr_1=np.arange(10), kind=np.array("samples")) == 10
     with np.load(path) as data:
         assert list(data) == ["arr_0", "arr_1", "kind"]
         assert np.array_equal(data["arr_0"], pixels()) and np.array_equal(data["arr_1"], np.arange(10))
@@ -88,9 +89,9 @@ def test_rows_in_any_order_become_one_npz(tmp_path: Path) -> None:
     assert os.listdir(path.parent) == ["out.npz"]
 
 
-def test_contiguous_rows_are_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_is_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One system call a batch, not one an image, keeps the disk out of the sampler's way."""
-    store = ImageStore(tmp_path / "out.npz", SHAPE, IDENTITY)
+    store = ImageStore(tmp_path / "out.npz", SHAPE, IDENTITY, ALONE)
     sizes, pwrite = [], os.pwrite
 
     def count(fd: int, data: memoryview, at: int) -> int:
@@ -99,71 +100,76 @@ def test_contiguous_rows_are_written_at_once(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(os, "pwrite", count)
     store.write(np.array([2, 3, 4, 7]), pixels()[:4])
-    assert sizes == [180, 3, 60, 1]
+    assert sizes == [4 * 60, 4 * 9]
 
 
 def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A write may take fewer bytes than it was given, past 2 GB always; the rest must not be lost."""
     pwrite = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:7], at))
-    filled(tmp_path / "out.npz").finish(ALONE)
+    filled(tmp_path / "out.npz").finish()
     assert np.array_equal(open_array(tmp_path / "out.npz", "arr_0"), pixels())
 
 
 def test_images_are_written_before_they_are_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row marked as done without its pixels would be a black sample in the evaluation."""
-    store = ImageStore(tmp_path / "out.npz", SHAPE, IDENTITY)
+    store = ImageStore(tmp_path / "out.npz", SHAPE, IDENTITY, ALONE)
     pwrite = os.pwrite
 
     def fail_on_images(fd: int, data: memoryview, at: int) -> int:
-        if fd == store._files.images.fileno():
+        if os.readlink(f"/proc/self/fd/{fd}").endswith(".values"):
             raise OSError(errno.EIO, "input/output error")
         return pwrite(fd, data, at)
 
     monkeypatch.setattr(os, "pwrite", fail_on_images)
     with pytest.raises(OSError):
         store.write(np.arange(2), pixels()[:2])
-    assert len(store.missing()) == 10
+    assert len(store.missing()) == 10 and len(ImageStore(tmp_path / "out.npz", SHAPE, IDENTITY, ALONE).missing()) == 10
+
+
+@pytest.mark.parametrize("suffix, row_bytes", [(".values", 60), (".rows", 9)])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_torn_end_costs_its_rows_alone(tmp_path: Path, suffix: str, row_bytes: int, zeros: bool) -> None:
+    """After a kill or a power failure the end of a file may be missing or zero: no such row may count as done."""
+    filled(tmp_path / "out.npz").close()
+    path = next((tmp_path / "out.partial").glob(f"*{suffix}"))
+    whole = path.read_bytes()
+    for length in range(len(whole) + 1):
+        path.write_bytes(whole[:length] + bytes(len(whole) - length if zeros and suffix == ".rows" else 0))
+        missing = ImageStore(tmp_path / "out.npz", SHAPE, IDENTITY, ALONE).missing()
+        assert missing.tolist() == list(range(length // row_bytes, 10))
+    path.write_bytes(whole[: 5 * row_bytes + 3])
+    store = ImageStore(tmp_path / "out.npz", SHAPE, IDENTITY, ALONE)
+    store.write(np.arange(5, 10), pixels()[5:])
+    assert store.finish() == 10
+    assert np.array_equal(open_array(tmp_path / "out.npz", "arr_0"), pixels())
 
 
 def test_a_crash_costs_only_what_was_not_written(tmp_path: Path) -> None:
     """The same command after a crash carries on: finished rows are hours of a GPU."""
-    code = IMPORTS + ("store = ImageStore(Path(sys.argv[1]), (10, 4, 5, 3), {'seed': 0, 'scale': (1.5, 2.0)})\n"
+    code = IMPORTS + ("store = ImageStore(Path(sys.argv[1]), (10, 4, 5, 3), {'seed': 0, 'scale': (1.5, 2.0)}, ALONE)\n"
             "store.write(np.arange(2, 6), np.full((4, 4, 5, 3), 7, np.uint8)); store.mark_skipped(np.array([8]))\n"
             "os.kill(os.getpid(), 9)")
     path = tmp_path / "out.npz"
     assert subprocess.run([sys.executable, "-c", code, path], cwd=ROOT).returncode == -9
-    store = ImageStore(path, SHAPE, IDENTITY)
+    store = ImageStore(path, SHAPE, IDENTITY, ALONE)
     assert store.missing().tolist() == [0, 1, 6, 7, 9]
     rows = store.missing()
     store.write(rows, pixels()[rows])
-    assert store.finish(ALONE) == 9
+    assert store.finish() == 9
     expected = pixels()
     expected[2:6] = 7
     assert np.array_equal(open_array(path, "arr_0"), np.delete(expected, 8, 0))
 
 
-def test_two_processes_write_one_store(tmp_path: Path) -> None:
-    """Every rank opens the same store, at the same time and uncreated, and writes its rows straight into it."""
-    code = IMPORTS + ("rank = int(sys.argv[2]); store = ImageStore(Path(sys.argv[1]), (400, 4, 5, 3), {'seed': 0})\n"
-            "for row in range(rank, 400, 2):\n"
-            "    store.write(np.array([row]), np.full((1, 4, 5, 3), row % 251, np.uint8))")
-    path = tmp_path / "out.npz"
-    workers = [subprocess.Popen([sys.executable, "-c", code, path, str(rank)], cwd=ROOT) for rank in range(2)]
-    assert [worker.wait() for worker in workers] == [0, 0]
-    assert ImageStore(path, (400, 4, 5, 3), {"seed": 0}).finish(ALONE, arr_1=np.arange(400)) == 400
-    images = open_array(path, "arr_0")
-    assert (images == (np.arange(400) % 251)[:, None, None, None]).all()
-
-
 def test_skipped_rows_leave_all_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An image left out must take its label along, or every label after it is wrong; also across chunks."""
-    monkeypatch.setattr(image_store, "_CHUNK_BYTES", 3 * 60)
-    store = ImageStore(tmp_path / "out.npz", SHAPE, IDENTITY)
+    monkeypatch.setattr(row_shares, "CHUNK_BYTES", 3 * 60)
+    store = ImageStore(tmp_path / "out.npz", SHAPE, IDENTITY, ALONE)
     kept = np.array([0, 2, 3, 4, 5, 9])
     store.write(kept, pixels()[kept])
     store.mark_skipped(np.array([1, 6, 7, 8]))
-    assert store.finish(ALONE, arr_1=np.arange(10), kind=np.array("x")) == 6
+    assert store.finish(arr_1=np.arange(10), kind=np.array("x")) == 6
     with np.load(tmp_path / "out.npz") as data:
         assert np.array_equal(data["arr_0"], pixels()[kept]) and data["arr_1"].tolist() == kept.tolist()
 
@@ -178,7 +184,7 @@ def test_another_identity_is_refused(tmp_path: Path, identity: dict[str, object]
     """Rows of two settings in one file would give a number that belongs to neither."""
     filled(tmp_path / "out.npz").close()
     with pytest.raises(UserError) as error:
-        ImageStore(tmp_path / "out.npz", shape, identity)
+        ImageStore(tmp_path / "out.npz", shape, identity, ALONE)
     assert str(error.value) == f"{tmp_path / 'out.partial'} {sentence}: delete it or change --out."
 
 
@@ -187,24 +193,24 @@ def test_a_damaged_identity_is_refused(tmp_path: Path) -> None:
     filled(tmp_path / "out.npz").close()
     (tmp_path / "out.partial" / "identity.json").write_text("[")
     with pytest.raises(UserError, match="out.partial does not say with which options it was begun: delete it or change --out"):
-        ImageStore(tmp_path / "out.npz", SHAPE, IDENTITY)
+        ImageStore(tmp_path / "out.npz", SHAPE, IDENTITY, ALONE)
 
 
 def test_a_target_that_cannot_be_written_is_told_first(tmp_path: Path) -> None:
     """Not after an hour of sampling."""
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--out .*file cannot be written \(.*\): give a folder you may write to"):
-        ImageStore(tmp_path / "file" / "out.npz", SHAPE, IDENTITY)
+        ImageStore(tmp_path / "file" / "out.npz", SHAPE, IDENTITY, ALONE)
     with pytest.raises(UserError, match="--out '.*out.png' is not the name of an npz: give one that ends in .npz."):
-        ImageStore(tmp_path / "out.png", SHAPE, IDENTITY)
+        ImageStore(tmp_path / "out.png", SHAPE, IDENTITY, ALONE)
     (tmp_path / "dir.npz").mkdir()
     with pytest.raises(UserError, match="--out .*dir.npz is a folder, not a file: give the name of an npz inside it."):
-        ImageStore(tmp_path / "dir.npz", SHAPE, IDENTITY)
+        ImageStore(tmp_path / "dir.npz", SHAPE, IDENTITY, ALONE)
 
 
 def test_a_full_disk_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The user frees space and runs the same command: a traceback would not say so."""
-    store = ImageStore(tmp_path / "out.npz", SHAPE, IDENTITY)
+    store = ImageStore(tmp_path / "out.npz", SHAPE, IDENTITY, ALONE)
     store.write(np.arange(3), pixels()[:3])
 
     def full(*_: object) -> int:
@@ -219,9 +225,9 @@ def test_a_full_disk_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_small_disk_is_mentioned_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                 caplog: pytest.LogCaptureFixture) -> None:
     """Fifty thousand images need 20 GB while they are made; the user should know before the night."""
-    usage = image_store.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(image_store.shutil, "disk_usage", lambda _: usage._replace(free=2_000_000_000))
-    ImageStore(tmp_path / "out.npz", (50_000, 256, 256, 3), {})
+    usage = row_shares.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(row_shares.shutil, "disk_usage", lambda _: usage._replace(free=2_000_000_000))
+    ImageStore(tmp_path / "out.npz", (50_000, 256, 256, 3), {}, ALONE)
     assert "needs 19.7 GB while it is made, and 2.0 GB are free" in caplog.text
 
 
@@ -234,29 +240,29 @@ def test_a_failed_finish_leaves_the_store_and_no_debris(tmp_path: Path, monkeypa
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="free space"):
         patch.setattr(os, "replace", fail)
-        store.finish(ALONE)
+        store.finish()
     assert os.listdir(tmp_path) == ["out.partial"]
-    assert ImageStore(tmp_path / "out.npz", SHAPE, IDENTITY).finish(ALONE) == 10
+    assert ImageStore(tmp_path / "out.npz", SHAPE, IDENTITY, ALONE).finish() == 10
 
 
 def test_finish_refuses_gaps_and_arrays_of_another_length(tmp_path: Path) -> None:
     """A hole in the file reads as black images, and a short label array shifts every class."""
-    store = ImageStore(tmp_path / "out.npz", SHAPE, IDENTITY)
+    store = ImageStore(tmp_path / "out.npz", SHAPE, IDENTITY, ALONE)
     store.write(np.arange(9), pixels()[:9])
     with pytest.raises(RuntimeError, match="1 of 10 rows are missing, the first is 9"):
-        store.finish(ALONE)
+        store.finish()
     store.write(np.array([9]), pixels()[9:])
     for arrays in ({"arr_1": np.arange(9)}, {"arr_0": np.arange(10)}):
         with pytest.raises(ValueError, match="neither a scalar nor an array of 10 rows"):
-            store.finish(ALONE, **arrays)
+            store.finish(**arrays)
 
 
 def test_nothing_readable_is_a_mistake_of_the_data(tmp_path: Path) -> None:
     """An empty reference would only fail later, inside the evaluation."""
-    store = ImageStore(tmp_path / "out.npz", SHAPE, IDENTITY)
+    store = ImageStore(tmp_path / "out.npz", SHAPE, IDENTITY, ALONE)
     store.mark_skipped(np.arange(10))
     with pytest.raises(UserError, match="would hold no image because all 10 were skipped: check the images, then"):
-        store.finish(ALONE)
+        store.finish()
 
 
 @pytest.mark.parametrize("rows, images", [
@@ -265,12 +271,12 @@ def test_nothing_readable_is_a_mistake_of_the_data(tmp_path: Path) -> None:
 def test_wrong_rows_or_images_are_refused(tmp_path: Path, rows: np.ndarray, images: np.ndarray) -> None:
     """A wrong offset would overwrite another process's images in silence."""
     with pytest.raises(ValueError):
-        ImageStore(tmp_path / "out.npz", SHAPE, IDENTITY).write(rows, images)
+        ImageStore(tmp_path / "out.npz", SHAPE, IDENTITY, ALONE).write(rows, images)
 
 
 def test_an_empty_batch_changes_nothing(tmp_path: Path) -> None:
     """The last batch of a process may hold unreadable images only."""
-    store = ImageStore(tmp_path / "out.npz", SHAPE, IDENTITY)
+    store = ImageStore(tmp_path / "out.npz", SHAPE, IDENTITY, ALONE)
     store.write(np.zeros(0, np.int64), pixels(0))
     store.mark_skipped(np.zeros(0, np.int64))
     assert len(store.missing()) == 10
@@ -280,7 +286,7 @@ def test_a_finished_file_knows_its_options(tmp_path: Path) -> None:
     """The same command again must do nothing, and another one must not take or overwrite the result."""
     path = tmp_path / "out.npz"
     assert not already_finished(path, SHAPE, IDENTITY)
-    filled(path).finish(ALONE)
+    filled(path).finish()
     (tmp_path / "out.partial").mkdir()  # as after a crash between renaming and removing
     assert already_finished(path, SHAPE, {"scale": (1.5, 2.0), "seed": 0})
     assert os.listdir(tmp_path) == ["out.npz"]

@@ -14,6 +14,7 @@ from autoregressive.sample import sample_c2i_ddp
 from autoregressive.sample.pipeline import Pipeline
 from autoregressive.sample.rejection import RejectionOptions, load_selector, select
 from tests.conftest import call, command
+from tests.test_npz import ALONE
 from utils.checkpoint import export, fingerprint
 from utils.classifier import ClassifierConfig, SmallClassifier, load_classifier
 from utils.config import UserError
@@ -168,7 +169,7 @@ def test_results_of_another_ratio_are_refused(models, tmp_path, drawn_rows, caps
     out.unlink()
     assert "out.candidates.npz exists and was made with rejection_ratio 2, not with 3" in refused(capsys, *arguments, 3)
     (tmp_path / "out.candidates.npz").unlink()
-    ImageStore(out, (7, 32, 32, 3), {}).close()  # begun by another command
+    ImageStore(out, (7, 32, 32, 3), {}, ALONE).close()  # begun by another command
     assert "out.partial was begun with" in refused(capsys, *arguments, 3)
     assert not drawn_rows
 

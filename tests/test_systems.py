@@ -21,7 +21,7 @@ from evaluations.c2i.judge import judge
 from scripts.paper import sweep_c2i, table
 from tests.conftest import TINY_VQ, call, command, losses, randomise
 from tests.test_bad_input import refused
-from tests.test_codes import write_codes
+from tests.test_codes import ALONE, write_codes
 from tests.test_train import TRAIN, gpt_options
 from tokenizer.tokenizer_image import rearrange
 from tokenizer.tokenizer_image.quantizer import ProductQuantizer
@@ -29,7 +29,8 @@ from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.checkpoint import export, fingerprint
 from utils.classifier import ClassifierConfig, SmallClassifier
 from utils.code_map import load_code_map
-from utils.code_shards import CodeDataset, CodeHeader, CodeWriter
+from utils.code_shards import CodeDataset, CodeHeader
+from utils.code_writer import CodeWriter
 from utils.config import parse
 from utils.distributed import setup
 
@@ -45,7 +46,7 @@ def world(tmp_path_factory) -> Path:
            {"model": asdict(model.config), "stage": "single", "fingerprint": source})
     header = CodeHeader(source, [16], 4, 32, 1, "none", 3, 48, source="random")
     (folder / "codes").mkdir()
-    writer = CodeWriter(folder / "codes", header, np.arange(48) % 3, create=True)
+    writer = CodeWriter(folder / "codes", header, np.arange(48) % 3, ALONE)
     writer.write(np.arange(48), np.random.default_rng(0).integers(0, 16, (48, 1, 1, 16)).astype(np.uint16))
     writer.finish()
     call(rearrange.main, "--vq-ckpt", folder / "vq", "--out", folder / "iar", "--clusters", 4)

@@ -5,6 +5,7 @@ on another number of processes.  A checkpoint is a folder `step-00001000`, renam
 read one safetensors file, whose metadata carries the configuration: no shape flags are repeated.
 """
 
+import atexit
 import hashlib
 import json
 import logging
@@ -15,7 +16,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,9 +33,12 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from utils.config import UserError, flatten
 from utils.distributed import Processes, full_tensor, lost_peer, patient_group
 from utils.files import replacing, require_same, write_json
-from utils.untrusted import available_memory, check_checkpoint_files, parse_json, printable, read_fields, shortened
+from utils.untrusted import available_memory, check_checkpoint_files, parse_json, printable, read_fields, read_text, shortened
 
 log = logging.getLogger("checkpoint")
+
+# What a single process does without collectives is no cause for a warning, also not in the thread that writes.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -59,6 +63,7 @@ class CheckpointWriter:
     def __init__(self, folder: Path, record: RunRecord, processes: Processes) -> None:
         self.folder, self.record, self.processes = folder, record, processes
         self.pending: tuple[Future, Path, int, dict[str, Any]] | None = None  # files, their folder, checkpoints to keep, metrics
+        atexit.register(self._abandon)
 
     def save(self, step: int, state: dict[str, Any], keep: int, metrics: dict[str, Any]) -> None:
         """Begin to write `state`, nested dicts of plain values and of tensors, possibly sharded.
@@ -76,9 +81,8 @@ class CheckpointWriter:
             # No collective in a single process: gloo would start threads of its own, which crowd the CPU and halve the speed of
             # every later step.
             alone = self.processes.world_size == 1
-            with warnings.catch_warnings(action="ignore", category=UserWarning):
-                future = dcp.async_save(state, checkpoint_id=aside, async_stager=BlockingAsyncStager(), no_dist=alone,
-                                        process_group=None if alone else patient_group("checkpoint"))
+            future = dcp.async_save(state, checkpoint_id=aside, async_stager=BlockingAsyncStager(), no_dist=alone,
+                                    process_group=None if alone else patient_group("checkpoint"))
         assert isinstance(future, Future)
         self.pending = future, aside, keep, metrics
 
@@ -102,6 +106,11 @@ class CheckpointWriter:
                 os.replace(aside, target)
                 for old in sorted(self.folder.glob("step-*"))[:-keep] if keep else ():
                     shutil.rmtree(old)
+
+    def _abandon(self) -> None:
+        """When the process ends by another error: keep what became whole, leave nothing half written."""
+        with suppress(UserError):
+            self.finish()
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -146,8 +155,7 @@ def load_checkpoint(path: Path, state: dict[str, Any], record: RunRecord,
     for name in sorted(set(before) & set(now)):
         if before[name] != now[name]:
             log.warning("resuming with %s %s, which was %s before", name, now[name], before[name])
-    with warnings.catch_warnings(action="ignore", category=UserWarning):
-        dcp.load(state, checkpoint_id=path, no_dist=processes.world_size == 1)
+    dcp.load(state, checkpoint_id=path, no_dist=processes.world_size == 1)
     return state, saved.get("metrics", {})
 
 
@@ -165,8 +173,12 @@ def export(path: Path, kind: str, tensors: dict[str, Tensor], config: dict, proc
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(config)
         with replacing(path) as aside:
-            save_file(whole, aside, metadata={"kind": kind, "version": str(EXPORT_VERSION), "config": text,
-                                              "crc32": checksum(whole, text)})
+            try:
+                save_file(whole, aside, metadata={"kind": kind, "version": str(EXPORT_VERSION), "config": text,
+                                                  "crc32": checksum(whole, text)})
+            except SafetensorError as error:
+                raise UserError(f"{path} cannot be written ({_reason(error)}): make space or give another folder; the same "
+                                "command then carries on.") from error
             umask = os.umask(0)
             os.umask(umask)
             aside.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
@@ -235,13 +247,23 @@ def exported_step(path: Path, kind: str) -> int:
     return read_export(path, kind, "--run-dir", tensors=False)[0].get("step", -1) if exists else -1
 
 
+def read_record(path: Path, option: str) -> dict[str, Any]:
+    """What a training checkpoint says about its run, as RunRecord wrote it; raises UserError when it is damaged."""
+    try:
+        saved = parse_json(read_text(path / "config.json"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{option} {path} has a damaged config.json ({shortened(error)}): copy the checkpoint again, or take an "
+                        "older one.") from error
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(part), dict) for part in ("model", "options")):
+        raise UserError(f"{option} {path} has a config.json that does not describe a run: copy the checkpoint again, or take an "
+                        "older one.")
+    return saved
+
+
 def read_checkpoint(path: Path, kind: str, option: str, tensors: bool) -> tuple[dict, dict[str, Tensor]]:
     """(configuration, weights) of a training checkpoint; raises UserError when it is damaged or of another kind."""
-    try:
-        saved = parse_json((path / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{option} {path} has a damaged config.json ({shortened(error)}): copy the checkpoint again.") from error
-    if not isinstance(saved, dict) or not saved.get("export") or saved.get("kind", kind) != kind:
+    saved = read_record(path, option)
+    if not saved.get("export") or saved.get("kind", kind) != kind:
         raise UserError(f"{option} {path} is a training checkpoint, not a {kind}: give the {kind}.safetensors of its run.")
     description = require_description(json.dumps(saved["export"]), kind, f"{option} {path}")
     if not tensors:
@@ -280,22 +302,19 @@ def restore(network: Callable[[Any], Network], config: type, values: Any, tensor
     if needed > available_memory():
         raise UserError(f"{where} describes a model of {needed / 2**30:.0f} GiB, more than the free memory: give a smaller one.")
     model = network(config(**fields))
-    load_weights(model, tensors, where)
+    model.load_state_dict(tensors)
     return model
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], option: str) -> None:
-    """Load tensors into a model of exactly their keys; raises UserError naming the first that does not fit or is not finite."""
+    """Load tensors into a model of exactly their keys; raises UserError naming the first that does not fit."""
     require_tensors(model, tensors, option, "give a file that fits")
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{option} has {name} with infinite or missing values: give a file from before the training failed.")
     model.load_state_dict(tensors)
 
 
 def require_tensors(model: nn.Module, tensors: dict[str, Tensor], what: str, remedy: str,
                     called: Callable[[str], str | None] = str) -> None:
-    """Raise UserError unless tensors have exactly the model's keys and shapes; called: a key's name in the message."""
+    """Raise UserError unless tensors are finite and have exactly the model's keys and shapes; called: a key's name in it."""
     expected = model.state_dict()
     for name in sorted(set(expected) ^ set(tensors)):
         raise UserError(f"{what} {'lacks' if name in expected else 'has an unknown'} key {printable(called(name))}: it is of "
@@ -307,6 +326,9 @@ def require_tensors(model: nn.Module, tensors: dict[str, Tensor], what: str, rem
         if tensor.is_floating_point() != expected[name].is_floating_point():
             raise UserError(f"{what} has {called(name)} of type {tensor.dtype} but the model needs {expected[name].dtype}: "
                             f"it is of another model, {remedy}.")
+        if not tensor.is_meta and not torch.isfinite(tensor).all():
+            raise UserError(f"{what} has {called(name)} with infinite or missing values: give a file from before the training "
+                            "failed.")
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.checkpoint import load_weights, read_export
-from utils.config import from_dict
+from utils.checkpoint import read_export, restore
 
 
 @dataclass
@@ -55,6 +54,5 @@ class SmallClassifier(nn.Module):
 def load_classifier(path: str | Path, option: str = "--classifier") -> SmallClassifier:
     """A classifier ready for use; raises UserError naming `option` when the file does not hold one."""
     config, tensors = read_export(path, "classifier", option)
-    model = SmallClassifier(from_dict(ClassifierConfig, config["model"]))
-    load_weights(model, tensors, option)
+    model = restore(SmallClassifier, ClassifierConfig, config["model"], tensors, f"{option} {path}")
     return model.eval().requires_grad_(False)

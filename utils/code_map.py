@@ -14,6 +14,7 @@ import torch
 from utils.checkpoint import export, read_export
 from utils.code_shards import CodeHeader
 from utils.config import UserError
+from utils.untrusted import read_fields
 
 
 @dataclass
@@ -32,6 +33,9 @@ class CodeMap:
 
     def header(self, header: CodeHeader, option: str) -> CodeHeader:
         """The header of mapped codes; raises UserError when the codes are not those that the map reads."""
+        if list(header.codebook_sizes) != [len(self.table)]:
+            raise UserError(f"{option} maps one codebook of {len(self.table)} codes but the codes are of codebooks "
+                            f"{header.codebook_sizes}: give the map that was made from their tokenizer.")
         if self.source != header.tokenizer:
             raise UserError(f"{option} maps codes of tokenizer {self.source} but the codes were made by tokenizer "
                             f"{header.tokenizer}: give the map that was made from it.")
@@ -44,8 +48,26 @@ class CodeMap:
                 "coarse": self.coarse})
 
 
+@dataclass
+class _Description:
+    """What the file of a map says beside its table."""
+
+    codebook_sizes: tuple[int, ...]
+    source: str
+    target: str
+    coarse: str = ""
+
+
 def load_code_map(path: str | Path, option: str = "--code-map") -> CodeMap:
-    """Read a code map; raises UserError naming `option` when the file is no code map."""
+    """Read a code map; raises UserError naming `option` when the file is no code map or gives codes outside of its codebooks."""
     config, tensors = read_export(path, "code_map", option)
-    return CodeMap(tensors["table"].numpy(), tuple(config["codebook_sizes"]), config["source"], config["target"],
-                   config["coarse"])
+    fields = read_fields(_Description, config, where := f"{option} {path}")
+    sizes, table = fields["codebook_sizes"], tensors.get("table", torch.empty(0))
+    if set(tensors) != {"table"} or table.dtype != torch.int64 or table.ndim != 2 or table.shape[1] != len(sizes) or not sizes:
+        raise UserError(f"{where} has no table of {len(sizes)} int64 columns: make it again with rearrange.py.")
+    for column, size in enumerate(sizes):
+        low, high = (int(each) for each in table[:, column].aminmax()) if len(table) else (0, -1)
+        if not 0 <= low <= high < size:
+            raise UserError(f"{where} gives codes from {low} to {high} but its codebook has {size}: make it again with "
+                            "rearrange.py.")
+    return CodeMap(table.numpy(), **fields)

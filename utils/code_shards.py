@@ -2,14 +2,16 @@
 
 A code folder holds `codes.npy` (uint16 [images, crops, C, N]; uint32 for codebooks of more than 65,536 codes), `labels.npy`
 (int64 [images]), `state.npy` (uint8 [images]: 0 missing, 1 done, 2 unreadable image) and `header.json`, which says what made
-them.  Any number of processes write rows in place; an interrupted extraction carries on with the missing rows.
+them.  `open_codes` is the one way to read a folder, and trusts none of its files; `code_writer.py` writes them.
 """
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import field as header_field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 import torch
@@ -17,11 +19,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from utils.config import UserError
-from utils.files import require_same, write_json
+from utils.files import read_json, require_same
+from utils.row_shares import DONE, MISSING
 
 # Names of the code streams by their number, for logs and figures.
 STREAMS = {1: ("token",), 2: ("semantic", "detail")}
-MISSING, DONE, UNREADABLE = 0, 1, 2
+VERSION = 1  # of the folder's layout
+
+_LOOKED_AT = 256  # rows whose codes are checked when a folder is opened
+_AGAIN = "extract the codes again"
+_WORDS: dict[Any, str] = {list[int]: "a list of integers", int: "a positive integer", bool: "true or false", str: "a string"}
 
 
 @dataclass
@@ -38,73 +45,149 @@ class CodeHeader:
     images: int
     source: str
     complete: bool = False
+    largest_codes: list[int] = header_field(default_factory=list)  # of each stream; empty while unfinished and in older folders
+    version: int = VERSION
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the codes: images, crops, C, N."""
+        return self.images, self.crops, len(self.codebook_sizes), self.grid_size**2
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the codes."""
+        return np.dtype(np.uint16 if max(self.codebook_sizes) <= 2**16 else np.uint32)
+
+    def as_begun(self) -> "CodeHeader":
+        """Without what only the end of the extraction knows."""
+        return replace(self, complete=False, largest_codes=[])
 
 
-class CodeWriter:
-    """Creates or continues a code folder; every process of a group opens its own writer on the same folder."""
+class Codes(NamedTuple):
+    """A code folder, open: codes [images, crops, C, N] as a read-only memory map, labels int64 [images], state uint8 [images]."""
 
-    def __init__(self, folder: Path, header: CodeHeader, labels: np.ndarray, create: bool) -> None:
-        """labels: [images]; create: make missing files, in one process before the others open them.
+    header: CodeHeader
+    codes: np.ndarray
+    labels: np.ndarray
+    state: np.ndarray
 
-        Raises UserError when the folder holds codes made with other options.
-        """
-        self.folder, self.header = folder, header
-        shape = header.images, header.crops, len(header.codebook_sizes), header.grid_size**2
-        if create:
-            self._claim(shape, labels)
-        self.codes = np.lib.format.open_memmap(folder / "codes.npy", mode="r+")
-        self.state = np.lib.format.open_memmap(folder / "state.npy", mode="r+")
 
-    def _claim(self, shape: tuple[int, ...], labels: np.ndarray) -> None:
-        wanted = asdict(self.header)
-        if (self.folder / "header.json").exists():
-            found = json.loads((self.folder / "header.json").read_text()) | {"complete": self.header.complete}
-            require_same(found, wanted, f"--code-path {self.folder} holds codes made with",
-                         "choose another folder or delete this one")
-            return
-        dtype = np.uint16 if max(self.header.codebook_sizes) <= 2**16 else np.uint32
-        np.lib.format.open_memmap(self.folder / "codes.npy", "w+", dtype, shape).flush()
-        np.lib.format.open_memmap(self.folder / "state.npy", "w+", np.uint8, shape[:1]).flush()
-        np.save(self.folder / "labels.npy", labels.astype(np.int64))
-        write_json(self.folder / "header.json", wanted)
+def open_codes(folder: str | Path, option: str = "--code-path") -> Codes:
+    """Open a complete code folder and check its files against each other.
 
-    def missing(self) -> np.ndarray:
-        """Rows not yet extracted."""
-        return np.flatnonzero(self.state == MISSING)
+    Raises UserError naming `option` and the file when one is missing, damaged, or does not fit the others.
+    """
+    folder = Path(folder)
+    header = load_header(folder, option)
+    if not header.complete:
+        raise UserError(f"{option} {folder} is an unfinished extraction: run the same extract_codes_c2i.py command again.")
+    codes = map_array(folder / "codes.npy", header.dtype, header.shape, option)
+    labels = np.array(map_array(folder / "labels.npy", np.dtype(np.int64), header.shape[:1], option))
+    state = np.array(map_array(folder / "state.npy", np.dtype(np.uint8), header.shape[:1], option))
+    require_range(labels, header.num_classes, "label", f"{option} {folder / 'labels.npy'}")
+    require_range(state, 3, "state", f"{option} {folder / 'state.npy'}")
+    if missing := int((state == MISSING).sum()):
+        raise UserError(f"{option} {folder / 'state.npy'} says that {missing} of {header.images} images have no codes: run the "
+                        "same extract_codes_c2i.py command again.")
+    if not (state == DONE).any():
+        raise UserError(f"{option} {folder} has codes of no image, all {header.images} were unreadable: {_AGAIN} from images "
+                        "that can be read.")
+    _require_codes_in_range(header, codes, f"{option} {folder}")
+    return Codes(header, codes, labels, state)
 
-    def write(self, rows: np.ndarray, codes: np.ndarray) -> None:
-        """Store codes [n, crops, C, N] of the given rows [n]; a row counts as done only after its codes are written."""
-        self.codes[rows] = codes
-        self.codes.flush()
-        self.state[rows] = DONE
 
-    def mark_unreadable(self, rows: np.ndarray) -> None:
-        """Mark rows [n] whose images could not be read; `CodeDataset` leaves them out."""
-        self.state[rows] = UNREADABLE
+def load_header(folder: Path, option: str) -> CodeHeader:
+    """The header of a folder, complete or not; raises UserError unless it has the known fields and their types."""
+    path = folder / "header.json"
+    if not path.is_file():
+        raise UserError(f"{option} {folder} holds no codes (no header.json): give a folder that extract_codes_c2i.py wrote.")
+    found, what = read_json(path, option, "the codes"), f"{option} {path}"
+    if not isinstance(found, dict):
+        raise UserError(f"{what} is no JSON object with the fields of a code header: {_AGAIN}.")
+    version = found.get("version", 1)
+    if type(version) is int and version > VERSION:
+        raise UserError(f"{what} was written by a newer version, {version} where {VERSION} is known: update this repository "
+                        "or extract the codes again.")
+    types = get_type_hints(CodeHeader)
+    if unknown := sorted(set(found) - set(types)):
+        raise UserError(f"{what} has the unknown field {unknown[0]!r}, the known ones being {', '.join(types)}: {_AGAIN}.")
+    for each in fields(CodeHeader):
+        absent = each.default is NO_DEFAULT and each.default_factory is NO_DEFAULT
+        if each.name not in found and absent:
+            raise UserError(f"{what} lacks the field {each.name!r}: {_AGAIN}.")
+        if each.name in found and not _is_of(found[each.name], types[each.name]):
+            seen, wanted = json.dumps(found[each.name])[:80], _WORDS[types[each.name]]
+            raise UserError(f"{what} has {each.name} {seen}, not {wanted}: {_AGAIN}.")
+    return _require_streams(CodeHeader(**found), what)
 
-    def finish(self) -> int:
-        """Mark the folder complete; returns the number of unreadable images.  One process calls this, when no row is missing."""
-        self.state.flush()
-        write_json(self.folder / "header.json", asdict(self.header) | {"complete": True})
-        return int((self.state == UNREADABLE).sum())
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON is of a field's type; numbers count something and are positive, those in lists not negative."""
+    if kind == list[int]:
+        return isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)
+    return type(value) is kind and (kind is not int or value > 0)
+
+
+def _require_streams(header: CodeHeader, what: str) -> CodeHeader:
+    sizes, largest = header.codebook_sizes, header.largest_codes
+    if not sizes or min(sizes) < 1 or max(sizes) > 2**32:
+        raise UserError(f"{what} has codebook_sizes {sizes}, not a size of 1 to 2**32 for each stream: {_AGAIN}.")
+    if largest and (len(largest) != len(sizes) or any(code >= size for code, size in zip(largest, sizes))):
+        raise UserError(f"{what} has largest_codes {largest}, which do not fit codebooks of {sizes} codes: {_AGAIN}.")
+    return header
+
+
+def map_array(path: Path, dtype: np.dtype, shape: tuple[int, ...], option: str) -> np.memmap:
+    """Map an npy file read-only; raises UserError naming `option` unless it is sound, with this dtype and shape, and whole."""
+    if not path.is_file():
+        raise UserError(f"{option} {path} does not exist: {_AGAIN}, or copy the whole folder.")
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # whatever numpy raises for what is no npy file
+        reason = " ".join(str(error).split())[:200].rstrip(".:") or type(error).__name__
+        raise UserError(f"{option} {path} is truncated or no npy file ({reason}): {_AGAIN}, or copy it again.") from error
+    if (array.dtype, array.shape) != (dtype, shape) or np.isfortran(array):
+        seen = f"{array.dtype.str} {array.shape}{' in Fortran order' if np.isfortran(array) else ''}"
+        raise UserError(f"{option} {path} holds {seen} where header.json says {dtype.str} {shape}: {_AGAIN}, or copy the whole "
+                        "folder.")
+    if path.stat().st_size != array.offset + array.nbytes:
+        raise UserError(f"{option} {path} has {path.stat().st_size} bytes, not {array.offset + array.nbytes}: {_AGAIN}, or copy "
+                        "it again.")
+    return array
+
+
+def require_range(values: np.ndarray, size: int, what: str, file: str) -> None:
+    """Raise UserError unless all values are in [0, size)."""
+    if len(wrong := np.flatnonzero((values < 0) | (values >= size))):
+        raise UserError(f"{file} gives image {wrong[0]} the {what} {values[wrong[0]]}, not one of 0 to {size - 1}: {_AGAIN}, "
+                        "or copy it again.")
+
+
+def _require_codes_in_range(header: CodeHeader, codes: np.ndarray, what: str) -> None:
+    """Raise UserError for a code beyond its codebook in the first, the last or some other rows; writing checked all of them."""
+    rows = np.unique(np.linspace(0, len(codes) - 1, _LOOKED_AT).astype(np.int64))
+    require_largest(header, codes[rows].max((0, 1, 3)), what)
+
+
+def require_largest(header: CodeHeader, largest: np.ndarray, what: str) -> None:
+    """Raise UserError unless the largest code of each stream [C] is in its codebook; what: the folder with its option."""
+    for stream, (code, size) in enumerate(zip(largest.tolist(), header.codebook_sizes, strict=True)):
+        if code >= size:
+            raise UserError(f"{what} has code {code} in stream {stream} of codes.npy, whose codebook has {size} codes: delete "
+                            "the folder and extract the codes again.")
 
 
 def read_header(folder: str | Path, option: str = "--code-path") -> CodeHeader:
-    """The header of a complete code folder; raises UserError when it is missing or the extraction is unfinished."""
-    path = Path(folder) / "header.json"
-    if not path.is_file():
-        raise UserError(f"{option} {folder} holds no codes (no header.json): give a folder that extract_codes_c2i.py wrote.")
-    header = CodeHeader(**json.loads(path.read_text()))
-    if not header.complete:
-        raise UserError(f"{option} {folder} is an unfinished extraction: run the same extract_codes_c2i.py command again.")
-    return header
+    """The header of a complete and sound code folder; raises UserError as `open_codes` does."""
+    return open_codes(folder, option).header
 
 
 def read_joint_header(folders: Sequence[Path], option: str = "--code-path") -> CodeHeader:
     """The header of several folders that hold different crops of the same images; raises UserError where they do not."""
     first, *others = (read_header(folder, option) for folder in folders)
     for folder, other in zip(folders[1:], others):
-        as_first = replace(other, crops=first.crops, augmentation=first.augmentation)
+        as_first = replace(other, crops=first.crops, augmentation=first.augmentation, largest_codes=first.largest_codes,
+                           version=first.version)
         require_same(asdict(as_first), asdict(first), f"{option} {folder} was extracted with",
                      f"give folders of the same images and tokenizer as {folders[0]}, which differ in their crops alone")
     return first
@@ -132,16 +215,28 @@ class CodeDataset(Dataset[tuple[Tensor, Tensor]]):
     def __init__(self, *folders: str | Path, seed: int = 0, transform: Callable[[np.ndarray], np.ndarray] | None = None) -> None:
         """folders: other crops of the same images; transform: codes [B, C, N] -> those the GPT sees [B, C', N], `CodeMap.apply`.
 
-        Raises UserError when the folders have other labels.
+        Raises UserError when a folder is damaged, or the folders have other labels.
         """
-        self.seed, self.transform = seed, transform
-        self.codes = [np.load(Path(folder) / "codes.npy", mmap_mode="r") for folder in folders]
+        self.seed, self.transform, self.folders = seed, transform, [Path(folder) for folder in folders]
+        opened = [open_codes(folder) for folder in folders]
+        self.codes = [each.codes for each in opened]
         self.ends = np.cumsum([codes.shape[1] for codes in self.codes])  # of each folder's crops among all
-        self.rows = np.flatnonzero(np.all([np.load(Path(folder) / "state.npy") == DONE for folder in folders], axis=0))
-        self.labels, *others = (np.load(Path(folder) / "labels.npy") for folder in folders)
-        for folder, labels in zip(folders[1:], others):
-            if not np.array_equal(labels, self.labels):
+        self.rows = np.flatnonzero(np.all([each.state == DONE for each in opened], axis=0))
+        self.labels = opened[0].labels
+        for folder, each in zip(folders[1:], opened[1:]):
+            if not np.array_equal(each.labels, self.labels):
                 raise UserError(f"--code-path {folder} has other labels than {folders[0]}: give codes of the same images.")
+        if len(self.rows) == 0:
+            raise UserError(f"--code-path {' '.join(map(str, folders))} have no image that all could read: give codes of the "
+                            "same images.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the memory maps, which would be copied whole into every loader process that is not forked."""
+        return {name: value for name, value in vars(self).items() if name != "codes"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.codes = [np.lib.format.open_memmap(folder / "codes.npy", mode="r") for folder in self.folders]
 
     def __len__(self) -> int:
         return len(self.rows)

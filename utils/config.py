@@ -7,11 +7,13 @@ shows them, and `check_options` checks all of them before anything else happens.
 """
 
 import dataclasses
+import errno
 import json
 import logging
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from utils.signals import leaving_at_once
+from utils.signals import LAUNCHED, RETRY, leaving_at_once
 
 T = TypeVar("T")
 
@@ -77,6 +79,9 @@ Fraction = Annotated[float, interval(float, 0, 1, open_high=True)]
 Seed = Annotated[int, interval(int, 0, 2**32 - 1)]
 Device = Annotated[str, choices(("auto", "cuda", "cpu"))]
 Precision = Annotated[str, choices(("auto", "bf16", "none"))]
+
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def flag(name: str) -> str:
@@ -203,11 +208,33 @@ def run_main(main: Callable[[], None]) -> None:
             os._exit(0)
     except UserError as error:
         # A loader process hands its error over wrapped in a traceback, whose last line is the sentence.
-        sentence = str(error).strip().splitlines()[-1].removeprefix("utils.config.UserError: ")
-        rank = os.environ.get("RANK", "0")
-        sys.stderr.write(f"error: {sentence}\n" if rank == "0" else f"error (process {rank}): {sentence}\n")
+        _complain(str(error).strip().splitlines()[-1].removeprefix("utils.config.UserError: "))
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of `--help | head` has seen enough; what is still buffered goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+            _complain(f"{error.filename or 'a file'} cannot be written ({error.strerror}): make space, or give a folder you may "
+                      "write to; the same command then carries on.")
+            sys.exit(2)
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not _lost_peer(error):
+            raise
+        _complain(f"another process is gone ({' '.join(str(error).split())[:200]}).")
+        os._exit(RETRY)  # the interpreter's end would wait for it
+
+
+def _lost_peer(error: Exception) -> bool:
+    from utils.distributed import lost_peer  # torch is not imported for options alone
+
+    return lost_peer(error)
+
+
+def _complain(sentence: str) -> None:
+    """Write one sentence to standard error; of several processes scripts/launch.py, where it started them, writes one."""
+    rank, file = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if LAUNCHED in os.environ and file:
+        Path(file).write_text(json.dumps({"message": sentence, "timestamp": str(int(time.time()))}))
+    else:
+        sys.stderr.write(f"error: {sentence}\n" if rank == "0" else f"error (process {rank}): {sentence}\n")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from utils.config import UserError
+from utils.untrusted import parse_json, shortened
 
 
 @contextmanager
@@ -59,9 +60,9 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: str | Path, option: str, what: str) -> Any:
     """The content of a JSON file; raises UserError naming `option` and `what` it should be when it is missing or damaged."""
     try:
-        return json.loads(check_exists(path, option, what).read_text())
-    except ValueError as error:
-        raise UserError(f"{option} {path} is no JSON ({error}): make {what} again.") from error
+        return parse_json(check_exists(path, option, what).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{option} {path} is no JSON ({shortened(error)}): make {what} again.") from error
 
 
 def require_same(found: dict[str, Any], wanted: dict[str, Any], what: str, remedy: str) -> None:
@@ -88,4 +89,6 @@ def check_exists(path: str | Path, option: str, what: str) -> Path:
     """Return `path` if it exists; raises UserError naming `option` and `what` it should be otherwise."""
     if not str(path) or not Path(path).exists():
         raise UserError(f"{option} {str(path)!r} does not exist: give the path of {what}.")
+    if not (Path(path).is_file() or Path(path).is_dir()):  # a pipe or a device would be read without end
+        raise UserError(f"{option} {str(path)!r} is neither a file nor a folder: give the path of {what}.")
     return Path(path)

@@ -1,10 +1,18 @@
-"""Labelled images from a folder of class folders or from an npz, loaded one by one."""
+"""Labelled images from a folder of class folders or from an npz, loaded one by one.
+
+Links are followed, those that lead out of the folder too: ImageNet is often a farm of links.  Nothing is ever written here,
+neither into the folder nor through its links.  A file may be damaged or hostile: it is decoded only by the decoders of the
+formats below, within a bound on its size, and its name is shown with control characters escaped.
+"""
 
 import copy
 import logging
 import os
+import stat
 import struct
+import warnings
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +22,20 @@ from PIL import Image
 from utils.config import UserError
 from utils.files import check_exists
 from utils.npz import NPZ_ERRORS, array_header, array_keys, open_array
+from utils.untrusted import printable, shortened
 
 log = logging.getLogger("images")
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+# By content, whatever the name says: some of ImageNet's .JPEG are PNG.  Other decoders of Pillow start programs (EPS).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+MAX_PIXELS = 178_956_970  # of one image: Pillow's own bound, which other libraries switch off
 
 # What Pillow's decoders raise on damaged files.  MemoryError is left out: it says nothing about the image.
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, IndexError, EOFError, RuntimeError, struct.error,
                    zlib.error, Image.DecompressionBombError)
+_MAX_CLASSES = 1_000_000  # a larger label is a mistake, and would ask for as many rows of every table
+_PROBES = 100  # images, spread over a folder, of which one must be readable
 _FOLDER_REMEDY = "give a folder with one sub-folder of images per class, or an npz with images and labels"
 
 
@@ -32,11 +46,11 @@ class UnreadableImage(Exception):
 class ImageSource:
     """Labelled images that can be loaded one by one; safe to pickle into workers and cheap to fork.
 
-    labels: int64 [N]; class_names: one for each label id; rows: int64 [N], where each image lies in the storage.
+    labels: int64 [N]; class_names: printable, one for each label id; rows: int64 [N], where each image lies in the storage.
     """
 
-    def __init__(self, path: Path, option: str, labels: np.ndarray, class_names: list[str]) -> None:
-        self.path, self.option, self.class_names = path, option, class_names
+    def __init__(self, path: Path, option: str, labels: np.ndarray, class_names: Iterable[str]) -> None:
+        self.path, self.option, self.class_names = path, option, tuple(printable(name) for name in class_names)
         self.labels = labels.astype(np.int64)  # [N]
         self.rows = np.arange(len(labels))  # [N]
 
@@ -49,7 +63,7 @@ class ImageSource:
         return len(self.class_names)
 
     def name(self, index: int) -> str:
-        """What to call an image in a message: its path, or FILE.npz[row]."""
+        """What to call an image in a message, printable: its path, or FILE.npz[row]."""
         raise NotImplementedError
 
     def load(self, index: int) -> np.ndarray:
@@ -85,36 +99,44 @@ class FolderImages(ImageSource):
         # One array instead of a million strings: forked workers would copy every page that holds a string they touch.
         self._files = np.array([os.fsencode(file) for file in files])  # [N] bytes
 
+    def _file(self, index: int) -> Path:
+        return self.path / os.fsdecode(bytes(self._files[self.rows[index]]))
+
     def name(self, index: int) -> str:
-        """Path of an image."""
-        return str(self.path / os.fsdecode(bytes(self._files[self.rows[index]])))
+        """Path of an image, control characters escaped."""
+        return printable(self._file(index))
 
     def load(self, index: int) -> np.ndarray:
-        """Decode one file: uint8 [H, W, 3]; raises UnreadableImage."""
-        name = self.name(index)
+        """Decode one file: uint8 [H, W, 3]; raises UnreadableImage, also for one of more than MAX_PIXELS."""
+        file = self._file(index)
         try:
-            with Image.open(name) as image:
+            if not stat.S_ISREG(file.stat().st_mode):  # opening a pipe would wait for ever
+                raise OSError("it is no file")
+            with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning), \
+                    Image.open(file, formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise OSError(f"it claims to have {image.width} x {image.height} pixels")
                 return _to_rgb(image)
         except _DECODER_ERRORS as error:
-            raise UnreadableImage(f"{name}: {error or type(error).__name__}") from error
+            raise UnreadableImage(f"{self.name(index)}: {shortened(error)}") from error
 
 
 class ArrayImages(ImageSource):
     """The arrays `images` and `labels` of an npz; made by `open_images`.
 
-    An uncompressed array is mapped, so workers share its pages; a compressed one is loaded by every process.
+    An uncompressed array is mapped, so workers share its pages; a compressed one is loaded, again by workers that are spawned.
     """
 
-    def __init__(self, path: Path, option: str, labels: np.ndarray) -> None:
-        super().__init__(path, option, labels, [str(label) for label in range(int(labels.max()) + 1)])
-        self._images: np.ndarray | None = None
+    def __init__(self, path: Path, option: str, labels: np.ndarray, class_names: Iterable[str], images: np.ndarray) -> None:
+        super().__init__(path, option, labels, class_names)
+        self._images: np.ndarray | None = images
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_images": None}  # a pickled memory map would carry all pixels along
 
     def name(self, index: int) -> str:
         """FILE.npz[row], with the row in the file."""
-        return f"{self.path}[{self.rows[index]}]"
+        return printable(f"{self.path}[{self.rows[index]}]")
 
     def load(self, index: int) -> np.ndarray:
         """Copy one image: uint8 [H, W, 3], greyscale repeated; raises UnreadableImage if the file is damaged."""
@@ -123,7 +145,7 @@ class ArrayImages(ImageSource):
                 self._images = open_array(self.path, "images")
             image = self._images[self.rows[index]]  # [H, W] or [H, W, 1 or 3]
         except NPZ_ERRORS as error:
-            raise UnreadableImage(f"{self.name(index)}: {error}") from error
+            raise UnreadableImage(f"{self.name(index)}: {shortened(error)}") from error
         image = image.reshape(*image.shape[:2], -1)
         return np.array(np.broadcast_to(image, (*image.shape[:2], 3)))  # [H, W, 3]
 
@@ -132,11 +154,29 @@ def open_images(path: str | Path, option: str = "--data-path") -> ImageSource:
     """Open a folder of class folders, or an npz with `images` and `labels`.
 
     path: a folder whose sub-folders (sorted: label ids) hold images at any depth, or an npz with images uint8
-    [N, H, W, 3], [N, H, W, 1] or [N, H, W] and labels int [N].  Names that begin with a dot are ignored.  Raises
-    UserError, naming `option`, for anything else.
+    [N, H, W, 3], [N, H, W, 1] or [N, H, W], labels int [N], and perhaps class_names, one string for each label id.  Names
+    that begin with a dot are ignored.  Raises UserError, naming `option`, for anything else, and where no image is readable.
     """
     path = check_exists(path, option, "a folder with one sub-folder of images per class, or of an npz")
-    return _open_folder(path, option) if path.is_dir() else _open_npz(path, option)
+    if not path.is_dir():
+        return _open_npz(path, option)
+    source = _open_folder(path, option)
+    _require_readable(source)
+    return source
+
+
+def _require_readable(source: ImageSource) -> None:
+    """Raise UserError unless one of some images, spread over all, can be read: else a training would find out step by step."""
+    probes = np.unique(np.linspace(0, len(source) - 1, _PROBES).astype(int))
+    reasons = []
+    for index in probes:
+        try:
+            source.load(int(index))
+            return
+        except UnreadableImage as error:
+            reasons.append(error)
+    raise UserError(f"{source.option} {printable(source.path)} has no readable image among the {len(probes)} that were tried "
+                    f"(the first: {reasons[0]}): check that its images are whole and that you may read them.") from reasons[0]
 
 
 def _open_folder(path: Path, option: str) -> FolderImages:
@@ -144,8 +184,8 @@ def _open_folder(path: Path, option: str) -> FolderImages:
         entries = sorted((entry for entry in os.scandir(path) if not entry.name.startswith(".")), key=lambda e: e.name)
     except OSError as error:
         raise UserError(f"{option} {path} cannot be read ({error.strerror}): give a folder you may read.") from error
-    class_names = [entry.name for entry in entries if entry.is_dir()]
-    flat = sum(_is_image(entry.name) for entry in entries if not entry.is_dir())
+    class_names = [entry.name for entry in entries if os.path.isdir(entry.path)]  # entry.is_dir() fails on a link to itself
+    flat = sum(_is_image(entry.name) for entry in entries if entry.name not in set(class_names))
     if not class_names:
         seen = f"{flat} images lie flat in it" if flat else "it holds other files" if entries else "it is empty"
         raise UserError(f"{option} {path} has no class sub-folders ({seen}): {_FOLDER_REMEDY}.")
@@ -183,16 +223,34 @@ def _open_npz(path: Path, option: str) -> ArrayImages:
     try:
         keys = array_keys(path)
         if absent := [key for key in ("images", "labels") if key not in keys]:
-            raise UserError(f"{option} {path} has no {' and no '.join(absent)}, only {', '.join(keys) or 'nothing'}: "
+            raise UserError(f"{option} {path} has no {' and no '.join(absent)}, only {printable(', '.join(keys)) or 'nothing'}: "
                             "give an npz with images and labels.")
         _check_npz(f"{option} {path}", *array_header(path, "images"), *array_header(path, "labels"))
-        labels = np.array(open_array(path, "labels"))
+        labels, names = np.array(open_array(path, "labels")), None
+        if labels.min() < 0:
+            raise UserError(f"{option} {path} has the negative label {labels.min()} at row {labels.argmin()}: number the "
+                            "classes from 0.")
+        if labels.max() >= _MAX_CLASSES:
+            raise UserError(f"{option} {path} has the label {labels.max()} at row {labels.argmax()}: number the classes from 0, "
+                            f"without gaps and below {_MAX_CLASSES}.")
+        if "class_names" in keys:
+            names = _read_class_names(f"{option} {path}", path, int(labels.max()) + 1)
+        images = open_array(path, "images")
     except NPZ_ERRORS as error:
-        raise UserError(f"{option} {path} is not a readable npz ({error}): {_FOLDER_REMEDY}, whole and not truncated.") from error
-    if labels.min() < 0:
-        raise UserError(f"{option} {path} has the negative label {labels.min()} at row {labels.argmin()}: number the "
-                        "classes from 0.")
-    return ArrayImages(path, option, labels)
+        raise UserError(f"{option} {path} is not a readable npz ({shortened(error)}): {_FOLDER_REMEDY}, whole and not "
+                        "truncated.") from error
+    return ArrayImages(path, option, labels, names or map(str, range(int(labels.max()) + 1)), images)
+
+
+def _read_class_names(where: str, path: Path, num_classes: int) -> list[str]:
+    """The array class_names of an npz; raises UserError unless it holds a name for each class, NPZ_ERRORS if it is damaged."""
+    shape, dtype = array_header(path, "class_names")
+    if dtype.kind != "U" or len(shape) != 1:
+        raise UserError(f"{where} has class_names of type {dtype} and shape {shape}, not strings of shape ({num_classes},): give "
+                        "one string for each class.")
+    if shape[0] != num_classes:
+        raise UserError(f"{where} has {shape[0]} class_names for labels 0 to {num_classes - 1}: give one string for each class.")
+    return open_array(path, "class_names").tolist()
 
 
 def _check_npz(where: str, shape: tuple[int, ...], dtype: np.dtype, labels_shape: tuple[int, ...],

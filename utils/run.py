@@ -7,6 +7,7 @@ without saving generator states.
 
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -131,6 +132,7 @@ class Run:
         self.writer = SummaryWriter(str(self.folder / "tensorboard")) if processes.is_main else None
         self.started, self.first_step, self.logged = time.perf_counter(), 0, 0
         self.bad_steps: dict[str, int] = {}
+        self.loss_range: tuple[float, float] | None = None  # first and lowest
 
     def resume(self, training: TrainState) -> int:
         """Load the newest checkpoint, if there is one, into `training`; returns the first step still to do."""
@@ -168,7 +170,7 @@ class Run:
                 yield step
                 bar.update()
                 self.checkpoints.poll()
-        self.checkpoints.finish()
+            self.checkpoints.finish()
 
     def after_step(self, step: int, images: int, **values: float) -> None:
         """Log averaged metrics when due; images: global batch size, for the rate; values: plain numbers such as lr."""
@@ -185,6 +187,17 @@ class Run:
             scalars["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.processes.device) / 2**30
         self.write(done, scalars)
         log.info("step %d of %d: %s", done, self.total_steps, figures_text(scalars))
+        self._watch_loss(done, means.get("loss", means.get("total", 0.0)))
+
+    def _watch_loss(self, step: int, loss: float) -> None:
+        """Doubt a loss that is not finite, or twice the lowest and above the first: it will not come back by itself."""
+        if not math.isfinite(loss):
+            self.doubt(f"step {step}: the loss is {loss}")
+            return
+        first, lowest = self.loss_range or (loss, loss)
+        self.loss_range = first, min(lowest, loss)
+        if loss > max(2 * lowest, first) > 0:
+            self.doubt(f"step {step}: the loss is {loss:.4g} after {lowest:.4g}, as with a learning rate that is far too high")
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Write scalars of `step` to metrics.jsonl and TensorBoard."""
@@ -233,8 +246,8 @@ class Run:
         if self.leaving and step + 1 < self.total_steps:
             self.checkpoints.finish()
             self.processes.barrier()
-            log.warning("asked to stop: a checkpoint of step %d of %d is written, the same command carries on", step + 1,
-                        self.total_steps)
+            log.info("asked to stop: a checkpoint of step %d of %d is written, the same command carries on", step + 1,
+                     self.total_steps)
             self.close()
             raise SystemExit(self.leaving)
 
@@ -242,8 +255,8 @@ class Run:
         """Warn of numbers that went wrong; from now on no checkpoint is removed, so that those from before stay."""
         if self.keep:
             self.keep = 0
-            log.warning("%s; checkpoints are kept from here on: stop, and go on from one of them with other options, or wait",
-                        reason)
+            log.warning("%s: from here on no checkpoint is removed; stop and go on from an earlier one with other options, or "
+                        "wait", reason)
 
     @property
     def lacks_export(self) -> bool:

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
-RETRY = 75             # exit code of a process whose peer was lost: starting all of them again may help
+RETRY = 75             # exit code of a process that lost another one: starting all of them again may help
+LAUNCHED = "IAR2_LAUNCHED"  # set where scripts/launch.py tells what went wrong, for all processes together
 _ECHO_SECONDS = 2.0    # Ctrl-C reaches a process twice, by the terminal and by the script that started it
 
 
@@ -53,6 +54,7 @@ class StopRequest:
         self._since = 0.0
 
     def note(self, signum: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
         if self.exit_code and time.monotonic() - self._since > _ECHO_SECONDS:
             os._exit(self.exit_code)
         if not self.exit_code:

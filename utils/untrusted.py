@@ -59,6 +59,13 @@ def available_memory() -> int:
     return min(found)
 
 
+def read_text(path: Path) -> str:
+    """Text of a file; raises ValueError if it is no text, OSError if it is no file: a pipe would be read for ever."""
+    if not path.is_file():
+        raise OSError("it is missing or no file")
+    return path.read_text()
+
+
 def parse_json(text: str | bytes) -> Any:
     """JSON of a file from elsewhere; raises ValueError for anything else, nested without end too."""
     try:
@@ -128,6 +135,7 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Unpickles a checkpoint's metadata and nothing that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """A class of the list above; raises UnpicklingError for any other."""
         if (module, name) not in _METADATA_CLASSES and not (module == "torch" and isinstance(
                 getattr(torch, name, None), torch.dtype)):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no part of a checkpoint")

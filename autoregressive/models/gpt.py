@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from autoregressive.models.attention import KVCache
 from autoregressive.models.paradigms import PARADIGMS
 from autoregressive.models.transformer import Block, GPTConfig, rotary_table
-from utils.checkpoint import load_weights, read_export
-from utils.config import from_dict
+from utils.checkpoint import read_export, restore
+from utils.untrusted import read_fields
 
 # Shapes of the paper's section 5.1 and LlamaGen's larger models; parameters of IAR2 on a 24x24 grid, 1000 classes.
 GPT_models: dict[str, dict[str, int]] = {
@@ -157,9 +157,8 @@ def load_gpt(path: str | Path, device: str | torch.device = "cpu", dtype: torch.
     Raises UserError, naming `option`, when there is none.
     """
     description, tensors = read_export(path, "gpt", option)
-    gpt = GPT(from_dict(GPTConfig, description.pop("model")))
-    load_weights(gpt, tensors, option)
-    gpt.provenance = from_dict(GPTProvenance, description)
+    gpt = restore(GPT, GPTConfig, description.pop("model"), tensors, f"{option} {path}")
+    gpt.provenance = GPTProvenance(**read_fields(GPTProvenance, description, f"{option} {path}"))
     gpt.to(device, dtype)
     gpt.rotary = gpt.build_rotary().to(device)  # stays float32
     return gpt.eval().requires_grad_(False)

@@ -85,7 +85,8 @@ def draw(found: GuidanceMap, names: list[str]) -> Figure:
         for column, (values, low, high, colours) in enumerate(shades.values(), 1):
             shown = axes[row, column].imshow(values[row], cmap=colours, vmin=low, vmax=high)
             if row == rows - 1:
-                figure.colorbar(shown, ax=axes[:, column], location="bottom", shrink=0.9, aspect=30)
+                figure.colorbar(shown, ax=axes[:, column], location="bottom", shrink=0.9, aspect=20, fraction=0.1 / rows,
+                                pad=0.05 / rows)
         axes[row, 3].imshow(found.images[row].mean(-1), cmap="gray", vmin=0, vmax=255)
         axes[row, 3].imshow(scale[row], cmap="magma", vmin=scale.min(), vmax=scale.max(), alpha=0.5,
                             extent=(-0.5, size - 0.5, size - 0.5, -0.5))

@@ -187,14 +187,14 @@ def keep_best(selector: Selector, candidates: Path, out: Path, labels: np.ndarra
     images, candidate_labels = open_array(candidates, "arr_0"), np.array(open_array(candidates, "arr_1"))
     scores = score(selector, images, candidate_labels, batch_size, processes)
     chosen = select(scores, candidate_labels, labels)
-    store = ImageStore(out, (len(labels), *images.shape[1:]), about)
-    share = np.array_split(np.arange(len(labels)), processes.world_size)[processes.rank]
+    store = ImageStore(out, (len(labels), *images.shape[1:]), about, processes)
+    share = store.share()
     for first in range(0, len(share), _COPY_ROWS):
         rows = share[first : first + _COPY_ROWS]
         store.write(rows, images[chosen[rows]])
     kept, drawn = float(scores[chosen].mean()), float(scores.mean())
     means = {"mean_probability_kept": kept, "mean_probability_candidates": drawn}
     options = {**about, "rejection": about["rejection"] | means}
-    store.finish(processes, arr_1=labels, kind=np.array("samples"), options=np.array(json.dumps(options)))
+    store.finish(arr_1=labels, kind=np.array("samples"), options=np.array(json.dumps(options)))
     log.info("rejection sampling by %s kept %d of %d candidates: mean probability of their class %.4f, before %.4f",
              selector.name, len(labels), len(scores), kept, drawn)

@@ -32,7 +32,7 @@ from autoregressive.sample.rejection import (
 from utils.config import Count, Positive, parse, run_main, to_dict
 from utils.distributed import Processes, setup
 from utils.files import write_json
-from utils.image_store import ImageStore, already_finished
+from utils.image_store import ImageStore, already_finished, check_begun
 from utils.npz import open_array
 from utils.pictures import image_grid
 from utils.run import progress, set_up_logging
@@ -79,11 +79,9 @@ def identity(config: SampleConfig, pipeline: Pipeline) -> dict[str, Any]:
 def draw(pipeline: Pipeline, path: Path, labels: np.ndarray, about: dict[str, Any], config: SampleConfig,
          processes: Processes) -> None:
     """Draw an image of each label into the npz `path`; about: its identity, with `kind`."""
-    store = ImageStore(path, (len(labels), pipeline.image_size, pipeline.image_size, 3), about)
-    started, missing = time.perf_counter(), len(store.missing())
-    share = np.array_split(np.arange(len(labels)), processes.world_size)[processes.rank]
-    rows = np.intersect1d(share, store.missing())
-    bar = progress(len(share), "sample", "images", processes, len(share) - len(rows))
+    store = ImageStore(path, (len(labels), pipeline.image_size, pipeline.image_size, 3), about, processes)
+    started, missing, rows = time.perf_counter(), len(store.missing()), store.share()
+    bar = progress(len(rows), "sample", "images", processes)
     for first in range(0, len(rows), config.batch_size):
         batch = rows[first : first + config.batch_size]
         # Every batch has the same shape: another one would select other matrix kernels and change the last bits.
@@ -91,7 +89,7 @@ def draw(pipeline: Pipeline, path: Path, labels: np.ndarray, about: dict[str, An
         store.write(batch, pipeline.sample(labels[padded], padded)[: len(batch)])
         bar.update(len(batch))
     bar.close()
-    store.finish(processes, arr_1=labels, kind=np.array(about["kind"]), options=np.array(json.dumps(about)))
+    store.finish(arr_1=labels, kind=np.array(about["kind"]), options=np.array(json.dumps(about)))
     if processes.is_main:
         rate = {"images": missing, "images_per_second": missing / (time.perf_counter() - started)}
         write_json(path.with_suffix(".rate.json"), rate)
@@ -101,8 +99,7 @@ def draw_and_select(pipeline: Pipeline, selector: Selector, labels: np.ndarray, 
                     processes: Processes) -> None:
     """Draw candidates, or take those that are there, and write the best of them; about: identity of the result."""
     ratio, out, size = config.rejection.rejection_ratio, config.out, pipeline.image_size
-    if out.with_suffix(".partial").exists():  # of another command: refused now rather than after the drawing
-        ImageStore(out, (len(labels), size, size, 3), about).close()
+    check_begun(out, (len(labels), size, size, 3), about)  # by another command: refused now rather than after the drawing
     candidates, count = candidates_path(out), ratio * len(labels)
     drawn = identity(config, pipeline) | {"kind": "candidates", "rejection_ratio": ratio}
     if not already_finished(candidates, (count, size, size, 3), drawn):

@@ -1,7 +1,7 @@
 """Extract codes: images -> tokenizer -> one memory-mapped array (LlamaGen's entry point, one file instead of millions).
 
-Every process encodes a share of the missing images.  `--augmentation ten-crop` stores LlamaGen's ten crops of an image
-enlarged by `--crop-range`; `flip` the centre crop and its mirror.
+Every process encodes a share of the missing images into files of its own, which become one at the end.  `--augmentation
+ten-crop` stores LlamaGen's ten crops of an image enlarged by `--crop-range`; `flip` the centre crop and its mirror.
 """
 
 import logging
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from tokenizer.tokenizer_image.vq_model import VQModel, load_tokenizer
-from utils.code_shards import CodeHeader, CodeWriter
+from utils.code_shards import CodeHeader
+from utils.code_writer import CodeWriter
 from utils.config import Device, Positive, UserError, choices, interval, parse, require_multiple, run_main
 from utils.crops import center_crop, flip_crops, ten_crops, to_tensor
 from utils.distributed import Processes, setup
@@ -88,13 +89,8 @@ def extract(config: ExtractConfig, processes: Processes) -> None:
     tokenizer = load_tokenizer(config.vq_ckpt, processes.device).to(memory_format=torch.channels_last)
     header = make_header(config, source, tokenizer)
     check_writable(config.code_path, "--code-path")
-    if processes.is_main:
-        CodeWriter(config.code_path, header, source.labels, create=True)
-    processes.barrier()
-    writer = CodeWriter(config.code_path, header, source.labels, create=False)
-    missing = writer.missing()
-    processes.barrier()  # all have read the same state before anyone writes
-    rows = missing[processes.rank :: processes.world_size]
+    writer = CodeWriter(config.code_path, header, source.labels, processes)
+    rows = writer.share()
     crop = partial(cut, augmentation=config.augmentation, size=config.images.image_size, crop_range=config.crop_range)
     loader = crop_loader(source, rows, crop, max(config.batch_size // header.crops, 1), config.images.num_workers)
     bar = progress(len(rows), "extract", "images", processes)
@@ -104,13 +100,10 @@ def extract(config: ExtractConfig, processes: Processes) -> None:
         writer.mark_unreadable(unreadable)
         bar.update(len(readable) + len(unreadable))
     bar.close()
-    processes.barrier()
-    if processes.is_main:
-        unreadable = writer.finish()
-        log.info("%s: codes of %d images, %d crops each, grid %dx%d, %d classes; %d unreadable images left out",
-                 config.code_path, header.images - unreadable, header.crops, header.grid_size, header.grid_size,
-                 header.num_classes, unreadable)
-    processes.barrier()
+    unreadable = writer.finish()
+    log.info("%s: codes of %d images, %d crops each, grid %dx%d, %d classes; %d unreadable images left out",
+             config.code_path, header.images - unreadable, header.crops, header.grid_size, header.grid_size,
+             header.num_classes, unreadable)
 
 
 def main() -> None:

@@ -102,6 +102,8 @@ def main() -> None:
     config = parse(ClassifierTrainConfig)
     processes = setup(config.device)
     set_up_logging(processes)
+    if config.out.is_dir():
+        raise UserError(f"--out {config.out} is a folder: give the name of a file.")
     check_writable(config.out.parent, "--out")
     model = train(config, processes)
     export(config.out, "classifier", model.state_dict(), {"model": asdict(model.config)})

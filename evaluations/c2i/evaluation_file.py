@@ -12,7 +12,9 @@ from evaluations.c2i.inception import POOL_FEATURES, SPATIAL_FEATURES
 from evaluations.c2i.metrics import NEAREST_K
 from utils.config import UserError
 from utils.files import check_exists
-from utils.npz import NPZ_ERRORS, array_header, array_keys, open_array
+from utils.images import MAX_PIXELS
+from utils.npz import NPZ_ERRORS, array_header, array_keys, open_array, read_small
+from utils.untrusted import printable, shortened
 
 STATISTICS = {"mu": (POOL_FEATURES,), "sigma": (POOL_FEATURES, POOL_FEATURES), "mu_s": (SPATIAL_FEATURES,),
               "sigma_s": (SPATIAL_FEATURES, SPATIAL_FEATURES)}
@@ -31,19 +33,20 @@ class EvaluationFile:
         self.dtype = np.dtype(np.uint8)
         check_exists(path, name, "an npz of images")
         try:
-            if not zipfile.is_zipfile(path):
+            if path.is_dir() or not zipfile.is_zipfile(path):
                 raise UserError(f"{self.where} is not an npz: {SAVE_AS_ADM}.")
             self.keys = array_keys(path)
             if "arr_0" in self.keys:
                 self.shape, self.dtype = array_header(path, "arr_0")
-            self.kind = str(open_array(path, "kind")) if "kind" in self.keys else None
+            self.kind = str(read_small(path, "kind", (), "U")) if "kind" in self.keys else None
             self._check_statistics()
         except NPZ_ERRORS as error:
-            raise UserError(f"{self.where} cannot be read ({error}): it may be damaged or incomplete, make it again.") from error
+            raise UserError(f"{self.where} cannot be read ({shortened(error)}): it may be damaged or incomplete, make it "
+                            "again.") from error
         if "arr_0" in self.keys:
             self._check_images()
         elif name != "REF" or not self.has_statistics:
-            raise UserError(f"{self.where} has no arr_0, only {', '.join(self.keys) or 'nothing'}: {SAVE_AS_ADM}.")
+            raise UserError(f"{self.where} has no arr_0, only {printable(', '.join(self.keys)) or 'nothing'}: {SAVE_AS_ADM}.")
 
     @property
     def has_statistics(self) -> bool:
@@ -63,8 +66,11 @@ class EvaluationFile:
         """Class labels of the images [N], or None where the file has none that can be read as such."""
         if "arr_1" not in self.keys:
             return None
-        shape, dtype = array_header(self.path, "arr_1")
-        return open_array(self.path, "arr_1") if dtype.kind in "iu" and shape == (self.count,) else None
+        try:
+            shape, dtype = array_header(self.path, "arr_1")
+            return open_array(self.path, "arr_1") if dtype.kind in "iu" and shape == (self.count,) else None
+        except NPZ_ERRORS as error:
+            raise UserError(f"{self.where} has a damaged arr_1 ({shortened(error)}): make the file again.") from error
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
         """Images in order, uint8 or float [n, H, W, 3], `size` rows at a time, without loading the rest.
@@ -83,7 +89,8 @@ class EvaluationFile:
                     self._check_range(batch, first=start == 0)
                     yield batch
         except NPZ_ERRORS as error:
-            raise UserError(f"{self.where} cannot be read to its end ({error}): it is damaged, make it again.") from error
+            raise UserError(f"{self.where} cannot be read to its end ({shortened(error)}): it is damaged, make it "
+                            "again.") from error
 
     @cached_property
     def digest(self) -> str:
@@ -97,6 +104,9 @@ class EvaluationFile:
             raise UserError(f"{self.where} has arr_0 of type {self.dtype}, not uint8 or float: {SAVE_AS_ADM}.")
         if len(self.shape) != 4 or self.shape[3] != 3 or 0 in self.shape:
             raise UserError(f"{self.where} has arr_0 of shape {self.shape}, not (N, H, W, 3): {SAVE_AS_ADM}.")
+        if self.shape[1] * self.shape[2] > MAX_PIXELS:
+            raise UserError(f"{self.where} has images of {self.shape[2]}x{self.shape[1]} pixels: give images of at most "
+                            f"{MAX_PIXELS} pixels.")
         if self.count <= NEAREST_K:
             raise UserError(f"{self.where} has {self.count} images, but precision and recall need at least "
                             f"{NEAREST_K + 1}: give a file with more images.")
@@ -120,5 +130,9 @@ class EvaluationFile:
             if shape != STATISTICS[key] or dtype.kind != "f":
                 raise UserError(f"{self.where} has {key} of type {dtype} and shape {shape}, not float "
                                 f"{STATISTICS[key]}: take statistics of ADM's Inception features.")
-            if not np.isfinite(open_array(self.path, key)).all():
+            values = open_array(self.path, key)
+            if not np.isfinite(values).all():
                 raise UserError(f"{self.where} has {key} with infinite or missing values: compute the statistics again.")
+            if values.ndim == 2 and (np.diagonal(values).min() < 0 or not np.allclose(values, values.T, atol=1e-3)):
+                raise UserError(f"{self.where} has {key} that is no covariance (not symmetric, or a variance below 0): compute "
+                                "the statistics again.")

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from evaluations.c2i import evaluation_file
 from evaluations.c2i.evaluation_file import EvaluationFile
 from evaluations.c2i.inception import (
     CLASSES,
@@ -24,7 +25,8 @@ from evaluations.c2i.inception import (
 )
 from evaluations.c2i.metrics import Moments, inception_score
 from utils.files import replacing
-from utils.npz import NPZ_ERRORS
+from utils.npz import NPZ_ERRORS, read_small
+from utils.untrusted import shortened
 
 log = logging.getLogger("evaluator")
 
@@ -41,6 +43,11 @@ class Features:
     mu_s: np.ndarray  # float64 [2023]
     sigma_s: np.ndarray  # float64 [2023, 2023]
     inception_score: np.ndarray  # float64 []
+
+
+def _shapes(count: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the fields of `Features` for a number of images."""
+    return {"pool3": (count, POOL_FEATURES), **evaluation_file.STATISTICS, "inception_score": ()}
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:
@@ -106,10 +113,12 @@ class FeatureSource:
         if not path.exists():
             return None
         try:
-            with np.load(path, allow_pickle=False) as stored:
-                return Features(**{key: stored[key] for key in Features.__dataclass_fields__})
+            found = {key: read_small(path, key, shape, "f") for key, shape in _shapes(file.count).items()}
+            if damaged := [key for key, values in found.items() if not np.isfinite(values).all()]:
+                raise ValueError(f"{damaged[0]} has infinite or missing values")
+            return Features(**found)
         except (*NPZ_ERRORS, KeyError) as error:
-            log.warning("%s cannot be read (%s): the features are computed again.", path, error)
+            log.warning("%s cannot be read (%s): the features are computed again.", path, shortened(error))
             return None
 
     def _write(self, file: EvaluationFile, features: Features) -> None:

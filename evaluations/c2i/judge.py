@@ -21,6 +21,8 @@ from utils.crops import to_tensor
 from utils.distributed import setup
 from utils.files import check_exists, check_writable, write_json
 from utils.images import open_images
+from utils.npz import NPZ_ERRORS, array_header, array_keys, read_small
+from utils.untrusted import printable, shortened
 
 
 @dataclass
@@ -63,11 +65,32 @@ def judge(classifier: SmallClassifier, images: np.ndarray, labels: np.ndarray, r
             "frechet": frechet_distance(*reference, *feature_statistics(features)), "images": len(images)}
 
 
+def read_samples(path: Path, size: int) -> tuple[np.ndarray, np.ndarray, str]:
+    """Images uint8 [N, size, size, 3], labels [N] and `kind` (or "") of an npz; raises UserError when it holds no such."""
+    check_exists(path, "--samples", "an npz of samples")
+    try:
+        keys = array_keys(path)
+        if not {"arr_0", "arr_1"} <= set(keys):
+            raise UserError(f"--samples {path} has the keys {printable(', '.join(keys))}: give an npz with arr_0 and arr_1.")
+        shape, _ = array_header(path, "arr_0")
+        if shape != (*shape[:1], size, size, 3) or 0 in shape[:1]:
+            raise UserError(f"--samples {path} has arr_0 of shape {shape}, not (N, {size}, {size}, 3): give images of "
+                            "--image-size.")
+        images, labels = read_small(path, "arr_0", shape, "u"), read_small(path, "arr_1", shape[:1], "iu")
+        if images.dtype != np.uint8:
+            raise ValueError(f"arr_0 is of type {images.dtype}, not uint8")
+        return images, labels, str(read_small(path, "kind", (), "U")) if "kind" in keys else ""
+    except NPZ_ERRORS as error:
+        raise UserError(f"--samples {path} cannot be read ({shortened(error)}): make it again.") from error
+
+
 def main() -> None:
     """Parse options, judge every set, write JSON and a table."""
     config = parse(JudgeConfig)
     processes = setup(config.device)
     device = processes.device
+    if config.out.is_dir():
+        raise UserError(f"--out {config.out} is a folder: give the name of a file.")
     check_writable(config.out.parent, "--out")
     classifier = load_classifier(config.classifier).to(device)
     images, labels = load_all(open_images(config.reference, "--reference"), config.image_size)
@@ -78,13 +101,10 @@ def main() -> None:
     results = {"real": judge(classifier, images[~half], labels[~half], reference, device)}
     results["real"]["class_accuracy"] = float((features_and_votes(classifier, images, device)[1] == labels).mean())
     for path in config.samples:
-        with np.load(check_exists(path, "--samples", "an npz of samples")) as data:
-            if not {"arr_0", "arr_1"} <= set(data.files):
-                raise UserError(f"--samples {path} has the keys {data.files}: give an npz with arr_0 and arr_1.")
-            samples, wanted = data["arr_0"], data["arr_1"]
-            if "kind" in data.files and str(data["kind"]) == "reconstruction" and len(samples) == len(images):
-                samples, wanted = samples[~half], wanted[~half]  # not of the images that make the reference
-            results[path.stem] = judge(classifier, samples, wanted, reference, device)
+        samples, wanted, kind = read_samples(path, config.image_size)
+        if kind == "reconstruction" and len(samples) == len(images):
+            samples, wanted = samples[~half], wanted[~half]  # not of the images that make the reference
+        results[path.stem] = judge(classifier, samples, wanted, reference, device)
     write_json(config.out, results)
     for name, figures in results.items():
         print(f"{name:24} class accuracy {figures['class_accuracy']:.3f}   Fréchet {figures['frechet']:.4f}   "

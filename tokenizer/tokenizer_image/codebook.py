@@ -50,14 +50,20 @@ class CodeUsage:
         return result
 
 
-def warn_of_collapse(figures: dict[str, float], config: VQConfig, image_size: int) -> None:
-    """Log a loud warning for every codebook of which less than half is used, where the set was large enough to tell."""
+def warn_of_collapse(figures: dict[str, float], config: VQConfig, image_size: int) -> float:
+    """Log a loud warning for every codebook of which less than half is used, where the set was large enough to tell.
+
+    Returns the lowest usage that it could tell, 1 where none.
+    """
+    lowest = 1.0
     codes = figures["images"] * (image_size // config.downsampling) ** 2
     for name, size in zip(STREAMS[len(config.codebook_sizes)], config.codebook_sizes):
         usage = figures.get(f"usage_{name}", 1.0)  # a stage that leaves a codebook out has no figure of it
+        lowest = min(lowest, usage) if codes >= 4 * size else lowest
         if usage < 0.5 and codes >= 4 * size:
             log.warning("CODEBOOK COLLAPSE: only %.1f%% of the %d codes of the %s codebook are used over %d images; "
                         "try --codebook-init kmeans and --revive-every 100", 100 * usage, size, name, figures["images"])
+    return lowest
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ The clustering, and how it deviates from IAR's release, is in `kmeans.py`.
 
 import hashlib
 import logging
-import pickle
 import sys
 import time
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from utils.checkpoint import export, fingerprint, read_export
 from utils.code_map import CodeMap
 from utils.config import Count, Seed, UserError, choices, parse, run_main
 from utils.distributed import setup
-from utils.files import check_exists, check_writable, write_json
+from utils.files import check_exists, check_writable, replacing, write_json
 from utils.run import set_up_logging
 
 log = logging.getLogger("rearrange")
@@ -89,7 +88,7 @@ def read_released_mapping(path: str | Path) -> np.ndarray:
     wanted = "give IAR's released .pt file of one integer tensor, old code -> new code"
     try:
         mapping = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # torch raises half a dozen types for a damaged file
         raise UserError(f"--mapping {path} cannot be read as a tensor ({type(error).__name__}): {wanted}.") from error
     integer = isinstance(mapping, torch.Tensor) and not (mapping.is_floating_point() or mapping.is_complex())
     if not integer or mapping.dtype == torch.bool or mapping.ndim != 1:
@@ -140,7 +139,8 @@ def draw(path: Path, vectors: np.ndarray, order: np.ndarray, pixels: int = 512) 
         image = axis.imshow(similarity, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest", extent=(0, codes, codes, 0))
         axis.set_title(title)
     figure.colorbar(image, ax=axes, label="cosine similarity")
-    figure.savefig(path, dpi=120)
+    with replacing(path) as aside:
+        figure.savefig(aside, dpi=120, format="png")
 
 
 def cluster(config: RearrangeConfig, vectors: np.ndarray, clusters: int) -> tuple[np.ndarray, np.ndarray, int | None]:

@@ -74,7 +74,7 @@ def run_share(config: ReconstructionConfig, tokenizer: VQModel, dataset: ImageDa
     usage = CodeUsage(tokenizer.config.codebook_sizes, processes.device)
     sums = torch.zeros(5, dtype=torch.float64, device=processes.device)  # PSNR, SSIM twice, LPIPS, images
     size = (config.image_size_eval,) * 2
-    share = np.array_split(np.arange(len(dataset)), processes.world_size)[processes.rank]
+    share = store.share()
     with progress(len(share), "reconstruct", "images", processes) as bar:
         for rows, images, decoded, codes in reconstruct(tokenizer, dataset, share, config.streams, config.batch_size,
                                                         config.images.num_workers, processes.device):
@@ -113,9 +113,10 @@ def main() -> None:
     tokenizer = open_tokenizer(config, processes)
     # A whole set takes minutes and every figure needs every image: an interrupted run starts over.
     store = ImageStore(config.out, (len(source), size, size, 3),
-                       {"kind": "reconstruction", "tokenizer": config.vq_ckpt, "streams": config.streams})
+                       {"kind": "reconstruction", "tokenizer": config.vq_ckpt, "streams": config.streams},
+                       processes, start_over=True)
     figures = run_share(config, tokenizer, dataset, store, processes)
-    store.finish(processes, arr_1=source.labels, kind=np.array("reconstruction"))
+    store.finish(arr_1=source.labels, kind=np.array("reconstruction"))
     if processes.is_main:
         write_json(config.out.with_suffix(".json"), figures)
         for name, value in figures.items():

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.tokenizer_image.quantizer import QUANTIZERS, Quantized, Streams
-from utils.checkpoint import load_weights, read_export
-from utils.config import UserError, from_dict
+from utils.checkpoint import read_export, restore
+from utils.untrusted import read_fields
 
 
 @dataclass
@@ -257,10 +257,6 @@ def load_tokenizer(path: str | Path, device: str | torch.device = "cpu", dtype: 
     Raises UserError, naming `option`, when there is none.
     """
     description, tensors = read_export(path, "tokenizer", option)
-    try:
-        tokenizer = VQModel(from_dict(VQConfig, description.pop("model")))
-    except ValueError as error:  # its quantizer was registered where it was trained
-        raise UserError(f"{option} {path} cannot be built: {error}") from error
-    load_weights(tokenizer, tensors, option)
-    tokenizer.provenance = from_dict(TokenizerProvenance, description)
+    tokenizer = restore(VQModel, VQConfig, description.pop("model"), tensors, f"{option} {path}")
+    tokenizer.provenance = TokenizerProvenance(**read_fields(TokenizerProvenance, description, f"{option} {path}"))
     return tokenizer.to(device, dtype).eval().requires_grad_(False)

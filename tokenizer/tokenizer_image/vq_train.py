@@ -51,6 +51,7 @@ from utils.train_state import TrainState
 
 log = logging.getLogger("vq_train")
 
+COLLAPSED = 0.2  # usage of a codebook below which a run is not expected to recover
 INTERLEAVE = 3  # of three joint steps, one also updates the semantic codebook (section 4.2.2)
 
 
@@ -286,7 +287,8 @@ def evaluate(training: TokenizerState, dataset: ImageDataset, plan: StepPlan, co
             run.picture(step + 1, "reconstructions", reconstruction_grid(model, dataset, streams, run.processes.device))
     model.train()
     run.write_evaluation(step, figures)
-    warn_of_collapse(figures, model.config, config.images.image_size)
+    if (usage := warn_of_collapse(figures, model.config, config.images.image_size)) < COLLAPSED:
+        run.doubt(f"step {step + 1}: a codebook is used to {100 * usage:.1f}%")
     return figures
 
 

@@ -66,12 +66,9 @@ def main() -> None:
             print(f"{config.out} is there already, made by these options")
         processes.close()
         return
-    store = ImageStore(config.out, shape, identity)
-    # Shares are fixed by rank, not cut from what is missing: processes would see different rows missing.
-    low, high = (len(source) * part // processes.world_size for part in (processes.rank, processes.rank + 1))
-    missing = store.missing()
-    write_rows(source, store, missing[(missing >= low) & (missing < high)], config.images, progress=processes.is_main)
-    count = store.finish(processes, arr_1=source.labels, kind=np.array("validation"))
+    store = ImageStore(config.out, shape, identity, processes)
+    write_rows(source, store, store.share(), config.images, progress=processes.is_main)
+    count = store.finish(arr_1=source.labels, kind=np.array("validation"))
     if processes.is_main:
         left_out = f", {len(source) - count} unreadable left out" if count < len(source) else ""
         print(f"{config.out}: {count} images of {source.num_classes} classes, {size}x{size}{left_out}")
