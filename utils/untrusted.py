@@ -135,6 +135,7 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Unpickles a checkpoint's metadata and nothing that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """The class or dtype that the pickle asks for, where a checkpoint's metadata has it; raises UnpicklingError otherwise."""
         """A class of the list above; raises UnpicklingError for any other."""
         if (module, name) not in _METADATA_CLASSES and not (module == "torch" and isinstance(
                 getattr(torch, name, None), torch.dtype)):
