@@ -42,7 +42,7 @@ VALUES = ("nan", "inf", "-inf", "-1", "0", "1e309", "", "9" * 30, "x", "1.5", "-
 MEMORY = 8 << 30  # bytes of address space that a case may add
 GOOD = ("refused", "harmless", "warned", "accepted", "undetected")
 # Data without a checksum of its own, or that may be absent, which nobody can tell from other data: images, arrays, figures.
-UNDETECTABLE = {".npy": ("flipped", "smallest"), ".npz": ("missing",), "figures": ("field",), ".pt": ("flipped",),
+UNDETECTABLE = {".npy": ("flipped", "smallest"), ".npz": ("missing", "renamed"), "figures": ("field",), ".pt": ("flipped",),
                 ".png": ("flipped", "deleted", "folder", "name"),
                 ".json": ("flipped",), ".jsonl": ("flipped", "truncated", "field"), "": ("class name",)}
 

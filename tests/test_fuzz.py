@@ -28,7 +28,7 @@ from utils.npz import NPZ_ERRORS, array_header, array_keys, open_array
 from utils.untrusted import check_checkpoint_files, parse_json, printable
 
 KINDS = ("options", "codes", "images", "images_npz", "tokenizer", "gpt", "classifier", "single", "code_map", "mapping", "samples",
-         "statistics", "released", "figures")
+         "statistics", "released", "figures", "run", "outputs")
 
 
 def test_a_share_of_the_fuzzer_finds_nothing():

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from autoregressive.models.gpt import load_gpt
 from autoregressive.train import train_c2i
 from tests.conftest import REPOSITORY, call, command, losses
 from tests.test_codes import write_codes
@@ -106,6 +108,19 @@ def test_a_killed_process_brings_all_back(codes, tmp_path, reference):
     assert process.returncode == 0, error[-2000:]
     assert error.count("process 1 of 2 was killed by SIGKILL: starting all processes again") == 1 and "Traceback" not in error
     assert losses(tmp_path / "run") == pytest.approx(reference, abs=2e-5)
+
+
+def test_world_sizes_follow_each_other(codes, tmp_path, reference):
+    """Four processes, one, two: shards, averages and moments go where they belong, and the curve is that of one process."""
+    for processes, steps in ((4, 10), (1, 17), (2, 30)):
+        words = options(codes, tmp_path / "run", data_parallel="fsdp", ema_decay=0.9, steps=steps)
+        done = start(words, processes)
+        error = done.communicate(timeout=200)[1]
+        assert done.returncode == 0, error[-2000:]
+    assert losses(tmp_path / "run") == pytest.approx(reference, abs=2e-5)
+    command(TRAIN, *options(codes, tmp_path / "alone", data_parallel="none", ema_decay=0.9))
+    whole, parts = (load_gpt(tmp_path / name).state_dict() for name in ("alone", "run"))  # averaged weights
+    assert all(torch.allclose(parts[name], value, atol=1e-3) for name, value in whole.items())
 
 
 def test_a_mistake_is_one_sentence_of_one_process(codes, tmp_path):

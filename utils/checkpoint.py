@@ -146,7 +146,8 @@ def load_checkpoint(path: Path, state: dict[str, Any], record: RunRecord,
 
     Raises UserError naming the first difference of the model or of the fixed options.
     """
-    saved = json.loads((path / "config.json").read_text())
+    saved = read_record(path, "--run-dir")
+    check_checkpoint_files(path, "--run-dir")
     before, now = flatten(saved["options"]), flatten(record.options)
     fixed = {name: now[name] for name in record.fixed}
     # An option that was added after the checkpoint was written cannot differ.
@@ -155,7 +156,13 @@ def load_checkpoint(path: Path, state: dict[str, Any], record: RunRecord,
     for name in sorted(set(before) & set(now)):
         if before[name] != now[name]:
             log.warning("resuming with %s %s, which was %s before", name, now[name], before[name])
-    dcp.load(state, checkpoint_id=path, no_dist=processes.world_size == 1)
+    try:
+        dcp.load(state, checkpoint_id=path, no_dist=processes.world_size == 1)
+    except (Exception, CheckpointException) as error:
+        if lost_peer(error):
+            raise
+        raise UserError(f"checkpoint {path} does not fit this run ({shortened(_reason(error))}): remove it to go on from the one before, "
+                        "or choose another --run-dir.") from error
     return state, saved.get("metrics", {})
 
 

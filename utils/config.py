@@ -47,6 +47,9 @@ class Values(PrimitiveConstructorSpec[Any]):
         vars(self).update(text=text, allows=allows)  # the base class is frozen
 
 
+_LARGEST = 2**62  # of an integer: beyond it arithmetic on sizes overflows
+
+
 def interval(kind: type, low: float, high: float = math.inf, open_low: bool = False, open_high: bool = False) -> Values:
     """Numbers from low to high; an open end is excluded, and so are NaN and infinity."""
     name, bounded = kind.__name__.upper(), high < math.inf
@@ -58,7 +61,8 @@ def interval(kind: type, low: float, high: float = math.inf, open_low: bool = Fa
     end = f" to {'below ' if open_high else ''}{high}" if bounded else ""
 
     def allows(value: float) -> bool:
-        return math.isfinite(value) and (low < value if open_low else low <= value) and (
+        bounded_value = math.isfinite(value) and (kind is not int or value <= _LARGEST)
+        return bounded_value and (low < value if open_low else low <= value) and (
             value < high if open_high else value <= high)
 
     return Values(kind, metavar, f"{text} {start}{end}", allows)
@@ -81,7 +85,9 @@ Device = Annotated[str, choices(("auto", "cuda", "cpu"))]
 Precision = Annotated[str, choices(("auto", "bf16", "none"))]
 
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+# What is said of files in one sentence: no space, a folder in the place of a file, or the other way round, no permission.
+_FILE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM,
+                errno.ENAMETOOLONG)
 
 
 def flag(name: str) -> str:
@@ -208,16 +214,17 @@ def run_main(main: Callable[[], None]) -> None:
             os._exit(0)
     except UserError as error:
         # A loader process hands its error over wrapped in a traceback, whose last line is the sentence.
-        _complain(str(error).strip().splitlines()[-1].removeprefix("utils.config.UserError: "))
+        _complain(" ".join(str(error).rpartition("utils.config.UserError: ")[2].split()))
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of `--help | head` has seen enough; what is still buffered goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _NO_SPACE:
-            _complain(f"{error.filename or 'a file'} cannot be written ({error.strerror}): make space, or give a folder you may "
-                      "write to; the same command then carries on.")
+        if isinstance(error, OSError) and error.errno in _FILE_ERRORS:
+            name = error.filename2 or error.filename or "a file"
+            _complain(f"{name} cannot be read or written ({error.strerror}): make space, or give a place where you may read and "
+                      "write; the same command then carries on.")
             sys.exit(2)
         if os.environ.get("WORLD_SIZE", "1") == "1" or not _lost_peer(error):
             raise

@@ -34,8 +34,10 @@ def lock_folder(folder: Path, option: str, what: str) -> IO[str]:
 
     A file system without locks is not guarded.
     """
-    file = (folder / ".lock").open("a+")
-    file.seek(0)
+    try:  # not through a link, whose target would be emptied
+        file = os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", errors="replace")
+    except OSError as error:
+        raise UserError(f"{option} {folder / '.lock'} cannot be opened ({error.strerror}): remove it.") from error
     holder = file.read().strip()
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -45,10 +47,18 @@ def lock_folder(folder: Path, option: str, what: str) -> IO[str]:
                             "for its end, or choose another folder.") from None
     except OSError:
         return file
+    file.seek(0)
     file.truncate(0)
     file.write(own_name())
     file.flush()
     return file
+
+
+def unlinked(path: Path) -> Path:
+    """`path`, to be appended to; a link in its place is removed, so that nothing is written elsewhere."""
+    if path.is_symlink():
+        path.unlink()
+    return path
 
 
 def write_json(path: Path, content: Any) -> None:

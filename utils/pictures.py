@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from utils.files import replacing
 
 
 def image_grid(images: np.ndarray, columns: int, scale: int = 1, rows: Sequence[str] = (),
@@ -37,6 +40,15 @@ def image_grid(images: np.ndarray, columns: int, scale: int = 1, rows: Sequence[
     for index, text in enumerate(titles):
         draw.text((left + index * cell, pad), text, "black", font)
     return grid
+
+
+def save_picture(picture: Any, path: Path, dpi: int = 120) -> None:
+    """Write a PIL image (as PNG) or a matplotlib figure (by the suffix) in one piece, in the place of what is there."""
+    with replacing(path) as aside:
+        if isinstance(picture, Image.Image):
+            picture.save(aside, format="PNG")
+        else:
+            picture.savefig(aside, dpi=dpi, format=path.suffix[1:])
 
 
 def _fit(text: str, font: Any, limit: float) -> str:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from utils.checkpoint import require_tensors
 from utils.config import UserError
 from utils.files import check_exists, replacing
+from utils.untrusted import printable
 
 CONTAINERS = ("ema", "model", "module", "state_dict")  # averaged weights first, as LlamaGen samples from them
 WRAPPERS = ("module.", "_orig_mod.")                   # of DistributedDataParallel and torch.compile
@@ -71,7 +72,8 @@ def rename(tensors: dict[str, Tensor], table: Table, what: str) -> dict[str, Ten
     for key, tensor in tensors.items():
         name = translate(key)
         if name is None:
-            raise UserError(f"{what} has the key {key}, which files of this KIND do not have: give the KIND of the file.")
+            raise UserError(f"{what} has the key {printable(key)}, which files of this KIND do not have: give the KIND of the "
+                            "file.")
         renamed[name] = tensor
     return renamed
 

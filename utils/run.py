@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +26,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from utils.checkpoint import CheckpointWriter, RunRecord, exported_step, latest_checkpoint, load_checkpoint
 from utils.config import Count, Device, NonNegative, Positive, Seed, UserError
 from utils.distributed import Processes, agree, all_reduce_sum
-from utils.files import check_writable, lock_folder, replacing, write_json
+from utils.files import check_writable, lock_folder, replacing, unlinked, write_json
+from utils.pictures import save_picture
 from utils.signals import StopRequest, handled_by
 from utils.train_state import TrainState
+from utils.untrusted import parse_json, printable, read_text, shortened
 
 log = logging.getLogger("run")
 
@@ -58,7 +61,7 @@ def set_up_logging(processes: Processes, file: Path | None = None) -> None:
     """Log to standard error and `file` in the main process, only warnings elsewhere."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if file is not None and processes.is_main:
-        handlers.append(logging.FileHandler(file))
+        handlers.append(logging.FileHandler(unlinked(file)))
     logging.basicConfig(level=logging.INFO if processes.is_main else logging.WARNING, handlers=handlers, force=True,
                         format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
@@ -67,6 +70,17 @@ def set_up_logging(processes: Processes, file: Path | None = None) -> None:
 def figures_text(figures: Mapping[str, float | None]) -> str:
     """Figures in one line of the log; those that are missing are left out."""
     return "  ".join(f"{name} {value:.4g}" for name, value in figures.items() if value is not None)
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl that are whole, in their order; raises UserError for what is no such log."""
+    try:
+        lines = read_text(file).splitlines()
+        found = [parse_json(line) for line in lines if line.startswith("{") and line.endswith("}")]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{printable(file)} is no log of a training ({shortened(error)}): remove it, or give another "
+                        "run.") from error
+    return [line for line in found if type(line.get("step")) is int]
 
 
 def progress(total: int, name: str, unit: str, processes: Processes, initial: int = 0) -> tqdm:
@@ -139,7 +153,8 @@ class Run:
         step = 0
         if found := latest_checkpoint(self.folder / "checkpoints"):
             path, step = found
-            state, metrics = load_checkpoint(path, training.state_dict(), self.record, self.processes)
+            with handled_by(self.stop.note):  # torch would take the exit for a fault of the checkpoint; the first step ends it
+                state, metrics = load_checkpoint(path, training.state_dict(), self.record, self.processes)
             training.load_state_dict(state)
             self.metrics.load(metrics, self.processes)
             log.info("resumed from %s at step %d of %d", path, step, self.total_steps)
@@ -152,13 +167,11 @@ class Run:
             return
         if step < self.total_steps:  # a finished run keeps the options it was made with
             write_json(self.folder / "options.json", asdict(self.record))
-        metrics = self.folder / "metrics.jsonl"
+        metrics = unlinked(self.folder / "metrics.jsonl")
         if metrics.exists():  # lines after the checkpoint will be written again
-            lines = metrics.read_text().splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            if kept != lines:
-                with replacing(metrics) as aside:
-                    aside.write_text("".join(line + "\n" for line in kept))
+            lines = read_metrics(metrics)
+            with replacing(metrics) as aside:
+                aside.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
 
     def steps(self) -> Iterator[int]:
         """Step numbers still to do, under a progress bar; seeds each step from (seed, step, rank)."""
@@ -216,7 +229,7 @@ class Run:
         """Show a PIL image in TensorBoard and keep it as NAME.png in the run's folder."""
         if self.writer is not None:
             self.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
-            image.save(self.folder / f"{name}.png")
+            save_picture(image, self.folder / f"{name}.png")
 
     def due(self, every: int, step: int) -> bool:
         """True after every `every`-th step and after the last; `every` 0: only after the last."""

@@ -150,6 +150,8 @@ def check_checkpoint_files(path: Path, option: str) -> Metadata:
     only.  Sizes and places of all tensors must fit the files beside it.  Raises UserError, naming `option`, otherwise.
     """
     try:
+        if not (path / ".metadata").is_file():  # a pipe would be read for ever
+            raise OSError("it has no .metadata")
         with (path / ".metadata").open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
         _check_metadata(path, metadata)

@@ -23,6 +23,7 @@ from autoregressive.sample.pipeline import ModelOptions, Pipeline, carried_optio
 from utils.config import Count, UserError, parse, run_main
 from utils.distributed import setup
 from utils.files import check_writable, write_json
+from utils.pictures import save_picture
 from utils.run import set_up_logging
 
 log = logging.getLogger("guidance_map")
@@ -111,7 +112,7 @@ def main() -> None:
         raise UserError(f"--gpt-ckpt {config.models.gpt_ckpt} takes more than one trunk step for a cell: give a GPT of the "
                         "single, independent or hierarchical paradigm, without --fine-ckpt.")
     found = measure(pipeline, np.array(config.classes))
-    draw(found, names).savefig(config.out, dpi=110)
+    save_picture(draw(found, names), config.out, dpi=110)
     write_json(config.out.with_suffix(".json"), {"classes": list(config.classes), "attention": found.attention.tolist(),
                                                  "scale": found.scale.tolist()})
     log.info("α from %.4f to %.4f after the first cell, s from %.3f to %.3f; wrote %s",

@@ -16,7 +16,7 @@ from autoregressive.sample.pipeline import ModelOptions, Pipeline, carried_optio
 from utils.config import Count, Positive, UserError, parse, run_main
 from utils.distributed import setup
 from utils.files import check_writable
-from utils.pictures import image_grid
+from utils.pictures import image_grid, save_picture
 from utils.run import set_up_logging
 
 log = logging.getLogger("sample_c2i")
@@ -55,7 +55,8 @@ def main() -> None:
     images = [pipeline.sample(labels[first : first + config.batch_size],
                               np.arange(first, min(first + config.batch_size, len(labels))))
               for first in tqdm(range(0, len(labels), config.batch_size), desc="sample", unit="batches")]
-    image_grid(np.concatenate(images), config.per_class, rows=names, scale=max(1, 64 // pipeline.image_size)).save(config.out)
+    grid = image_grid(np.concatenate(images), config.per_class, rows=names, scale=max(1, 64 // pipeline.image_size))
+    save_picture(grid, config.out)
     log.info("wrote %s", config.out)
     processes.close()
 

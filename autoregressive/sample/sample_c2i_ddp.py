@@ -34,7 +34,7 @@ from utils.distributed import Processes, setup
 from utils.files import write_json
 from utils.image_store import ImageStore, already_finished, check_begun
 from utils.npz import open_array
-from utils.pictures import image_grid
+from utils.pictures import image_grid, save_picture
 from utils.run import progress, set_up_logging
 
 log = logging.getLogger("sample_c2i_ddp")
@@ -124,7 +124,7 @@ def write_samples(config: SampleConfig, pipeline: Pipeline, selector: Selector |
     if processes.is_main:
         first, columns = open_array(config.out, "arr_0")[:100], min(len(labels), 10)
         rows = first[: columns * (len(first) // columns)]
-        image_grid(rows, columns, scale=max(1, 64 // pipeline.image_size)).save(config.out.with_suffix(".png"))
+        save_picture(image_grid(rows, columns, scale=max(1, 64 // pipeline.image_size)), config.out.with_suffix(".png"))
         log.info("%s: %d samples of %d classes, %dx%d", config.out, len(labels), pipeline.num_classes, *shape[1:3])
 
 

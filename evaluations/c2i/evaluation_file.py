@@ -68,9 +68,12 @@ class EvaluationFile:
             return None
         try:
             shape, dtype = array_header(self.path, "arr_1")
-            return open_array(self.path, "arr_1") if dtype.kind in "iu" and shape == (self.count,) else None
+            labels = open_array(self.path, "arr_1") if dtype.kind in "iu" and shape == (self.count,) else None
         except NPZ_ERRORS as error:
             raise UserError(f"{self.where} has a damaged arr_1 ({shortened(error)}): make the file again.") from error
+        if labels is not None and len(labels) and labels.min() < 0:
+            raise UserError(f"{self.where} has the negative label {labels.min()} in arr_1: make the file again.")
+        return labels
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
         """Images in order, uint8 or float [n, H, W, 3], `size` rows at a time, without loading the rest.

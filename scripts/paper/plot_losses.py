@@ -4,7 +4,6 @@ A faint line shows the logged values, a strong one their bias-corrected exponent
 The drawn points are written as JSON beside the picture.
 """
 
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import tyro
 
 from scripts.paper.plots import Curve, Panel, check_picture, draw, write_picture
 from utils.config import Fraction, UserError, parse, run_main
+from utils.run import read_metrics
 
 
 @dataclass
@@ -58,9 +58,9 @@ def read_curve(run_dir: Path, metric: str) -> tuple[list[int], list[float]]:
     file = run_dir / "metrics.jsonl"
     if not file.is_file():
         raise UserError(f"run folder {run_dir} has no metrics.jsonl: give the --run-dir of a training.")
-    # A run that is still going on may have its last line half written.
-    lines = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
-    points = [(line["step"], line[metric]) for line in lines if math.isfinite(line.get(metric, math.nan))]
+    lines = read_metrics(file)  # a run that is still going on may have its last line half written
+    values = ((line["step"], line.get(metric)) for line in lines)
+    points = [(step, value) for step, value in values if isinstance(value, (int, float)) and math.isfinite(value)]
     if not points:
         present = sorted({name for line in lines for name in line} - {"step"})
         raise UserError(f"--metric {metric} has no finite value in {file}, which logs "

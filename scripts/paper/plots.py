@@ -14,6 +14,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from utils.config import UserError
 from utils.files import check_writable, write_json
+from utils.pictures import save_picture
 
 MARKERS = "os^DvPX<>*"
 SUFFIXES = (".png", ".pdf", ".svg")
@@ -124,5 +125,5 @@ def draw(panels: list[Panel], note: str = "", size: tuple[float, float] = (6.4, 
 
 def write_picture(figure: Figure, path: Path, points: Any) -> None:
     """Write the picture, and its points as JSON beside it."""
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path)
     write_json(path.with_suffix(".json"), points)

@@ -32,6 +32,7 @@ from utils.config import UserError, parse, run_main
 from utils.distributed import Processes, setup
 from utils.files import check_exists, check_writable, read_json, write_json
 from utils.images import open_images
+from utils.pictures import save_picture
 from utils.run import figures_text, set_up_logging
 
 log = logging.getLogger("sweep_c2i")
@@ -171,7 +172,7 @@ def main() -> None:
     if processes.is_main:
         text = table(results, ends(config))
         (config.folder / "sweep.md").write_text(text)
-        draw(panels(results, ends(config)), size=(4.2, 3.4), columns=5).savefig(config.folder / "sweep.png", dpi=110)
+        save_picture(draw(panels(results, ends(config)), size=(4.2, 3.4), columns=5), config.folder / "sweep.png", dpi=110)
         print(text)
     processes.close()
 

@@ -22,7 +22,7 @@ import tyro
 
 from utils.checkpoint import read_export
 from utils.config import UserError, choices, parse, run_main
-from utils.files import read_json, write_json
+from utils.files import check_writable, read_json, write_json
 
 PUBLISHED = Path(__file__).with_name("published.json")
 # Measured figures in the order of the columns, with their digits.
@@ -62,11 +62,13 @@ class TableConfig:
 
 def merge(config: TableConfig) -> None:
     """Add figures to a row; bits and training steps of several files, the stages of one system, add up."""
-    path = config.folder / f"{config.name}.json"
+    path = check_writable(config.folder, "--folder") / f"{config.name}.json"
     row, added = read_json(path, "--name", "the row") if path.exists() else {}, {"bits_per_image": 0.0, "steps": 0}
     for file in config.files:
         found = read_json(file, "FILE", "a JSON file of figures")
         for key in config.keys:
+            if not isinstance(found, dict) or key not in found:
+                raise UserError(f"--keys {key} leads nowhere in {file}: give keys of its nested objects, outermost first.")
             found = found[key]
         for name, value in found.items():
             name = config.prefix + name

@@ -34,7 +34,7 @@ from utils.distributed import Processes, setup
 from utils.files import check_writable, write_json
 from utils.image_dataset import ImageDataset, ImageOptions
 from utils.images import open_images
-from utils.pictures import image_grid
+from utils.pictures import image_grid, save_picture
 from utils.run import progress, set_up_logging
 
 log = logging.getLogger("code_distance")
@@ -190,9 +190,9 @@ def main() -> None:
     replaced = replacements(tokenizer.quantizer.table(config.stream), config.points)
     curve = measure(config, tokenizer, streams, dataset, replaced, processes)
     write_json(config.out / "code_distance.json", curve)
-    draw_curves(curve, config).savefig(config.out / "code_distance.png", dpi=120)
-    draw_images(config, tokenizer, streams, dataset, replaced, [point["distance"] for point in curve],
-                processes.device).save(config.out / "code_distance_images.png")
+    save_picture(draw_curves(curve, config), config.out / "code_distance.png")
+    save_picture(draw_images(config, tokenizer, streams, dataset, replaced, [point["distance"] for point in curve],
+                             processes.device), config.out / "code_distance_images.png")
     dataset.report_skipped()
     log.info("MSE %.4f at distance 0, %.4f at %.3f; wrote %s", curve[0]["mse"], curve[-1]["mse"], curve[-1]["distance"],
              config.out)

@@ -29,6 +29,7 @@ from utils.files import check_writable, write_json
 from utils.image_dataset import ImageDataset, ImageOptions
 from utils.image_store import ImageStore
 from utils.images import open_images
+from utils.pictures import save_picture
 from utils.run import progress, set_up_logging
 
 
@@ -97,7 +98,7 @@ def run_share(config: ReconstructionConfig, tokenizer: VQModel, dataset: ImageDa
     figures["perceptual_net"] = config.perceptual.perceptual_net
     if processes.is_main:
         warn_of_collapse(figures, tokenizer.config, config.images.image_size)
-        reconstruction_grid(tokenizer, dataset, config.streams, processes.device).save(config.out.with_suffix(".png"))
+        save_picture(reconstruction_grid(tokenizer, dataset, config.streams, processes.device), config.out.with_suffix(".png"))
     return figures
 
 
