@@ -161,8 +161,8 @@ def load_checkpoint(path: Path, state: dict[str, Any], record: RunRecord,
     except (Exception, CheckpointException) as error:
         if lost_peer(error):
             raise
-        raise UserError(f"checkpoint {path} does not fit this run ({shortened(_reason(error))}): remove it to go on from the one before, "
-                        "or choose another --run-dir.") from error
+        raise UserError(f"checkpoint {path} does not fit this run ({shortened(_reason(error))}): remove it to go on from the one "
+                        "before, or choose another --run-dir.") from error
     return state, saved.get("metrics", {})
 
 
