@@ -3,6 +3,7 @@
     python scripts/benchmark.py decode      ms per cell, tokens/s, images/s
     python scripts/benchmark.py train       ms a forward and backward pass, tokens/s
     python scripts/benchmark.py evaluate    seconds of each of the evaluator's phases on random features
+    NPROC=2 bash scripts/launch.sh scripts/benchmark.py checkpoint    seconds that a training (FSDP2) waits for a checkpoint
 
 Prints JSON.  `ratio` is our time over the published structure's (`published_structure.py`).  Both are measured in turn in one
 run, and the least of `--repeats` counts, because noise only adds time.  `fraction_of_floor` is a lower bound over our time: the
@@ -16,12 +17,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started by its path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from torch import Tensor
 
@@ -29,18 +32,21 @@ from autoregressive.models.generate import Sampler, SamplingOptions, decode_step
 from autoregressive.models.gpt import GPT, GPT_models, build_gpt
 from autoregressive.models.losses import stream_losses
 from autoregressive.models.packing import packed_linears
+from autoregressive.train.train_c2i import make_optimizer
 from evaluations.c2i.metrics import feature_statistics, frechet_distance, inception_score, precision_recall
 from scripts import published_structure
+from utils.checkpoint import CheckpointWriter, RunRecord
 from utils.config import Count, Device, Positive, choices, parse, require_multiple, run_main
-from utils.distributed import setup
-from utils.optim import uses_bf16
+from utils.distributed import Processes, parallelize, setup
+from utils.optim import OptimOptions, uses_bf16
+from utils.train_state import TrainState
 
 
 @dataclass
 class BenchmarkConfig:
     """Options of a benchmark."""
 
-    task: tyro.conf.Positional[Annotated[str, choices(("decode", "train", "evaluate"))]]
+    task: tyro.conf.Positional[Annotated[str, choices(("decode", "train", "evaluate", "checkpoint"))]]
     """What to time."""
     gpt_model: Annotated[str, choices(GPT_models)] = "GPT-B"
     """Size of the GPT."""
@@ -183,6 +189,27 @@ def benchmark_evaluate(config: BenchmarkConfig, device: torch.device) -> dict[st
         "inception_score": lambda: seconds(lambda: inception_score(probabilities), device)}, config.repeats - 1)
 
 
+def benchmark_checkpoint(config: BenchmarkConfig, gpt: GPT, processes: Processes) -> dict[str, float]:
+    """Seconds that a sharded training waits: for a whole checkpoint, and for one that is written beside it."""
+    model = parallelize(gpt, gpt.blocks, "fsdp", processes, bf16=False)
+    training = TrainState(model, make_optimizer(model, OptimOptions(), fused=False), None)
+    with TemporaryDirectory() as folder:
+        places = [folder]
+        dist.broadcast_object_list(places)
+        writer = CheckpointWriter(Path(places[0]), RunRecord("gpt", {}, {}, {}, ()), processes)
+        taken: dict[str, list[float]] = {"whole": [], "beside": []}
+        for step in range(config.repeats):
+            processes.barrier()
+            start = time.perf_counter()
+            writer.save(step, training.state_dict(), 1, {})
+            taken["beside"].append(time.perf_counter() - start)
+            writer.finish()
+            taken["whole"].append(time.perf_counter() - start)
+        processes.barrier()
+    whole, beside = (min(taken[name]) for name in ("whole", "beside"))
+    return {"whole_seconds": whole, "beside_seconds": beside, "ratio": beside / whole, "processes": processes.world_size}
+
+
 def peak_memory(device: torch.device) -> float:
     """Peak GiB of the device, or of this process on a CPU."""
     if device.type == "cuda":
@@ -200,13 +227,16 @@ def main() -> None:
     rates = machine_rates(device, torch.bfloat16 if bf16 else torch.float32)
     if config.task == "evaluate":
         figures: dict[str, Any] = benchmark_evaluate(config, device)
+    elif config.task == "checkpoint":
+        figures = benchmark_checkpoint(config, make_gpt(config, device), processes)
     elif config.task == "decode":
         figures = benchmark_decode(config, make_gpt(config, device).to(torch.bfloat16 if bf16 else torch.float32), device, rates)
     else:
         figures = benchmark_train(config, make_gpt(config, device), device, rates, bf16)
     about = {"task": config.task, "gpt_model": config.gpt_model, "paradigm": config.paradigm, "device": str(device),
              "precision": "bf16" if bf16 else "float32", "threads": torch.get_num_threads(), "torch": torch.__version__}
-    print(json.dumps(about | figures | {"peak_memory_gib": peak_memory(device), "machine": rates}, indent=1))
+    if processes.is_main:
+        print(json.dumps(about | figures | {"peak_memory_gib": peak_memory(device), "machine": rates}, indent=1))
     processes.close()
 
 
