@@ -15,6 +15,7 @@ from tokenizer.tokenizer_image.codebook import (
     whiten_projection,
 )
 from tokenizer.tokenizer_image.discriminator import PatchGAN
+from tokenizer.tokenizer_image.perceptual import PerceptualOptions, build_perceptual
 from tokenizer.tokenizer_image.quantizer import VectorQuantizer
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQConfig, VQModel, build_tokenizer
 from tokenizer.tokenizer_image.vq_options import VQTrainConfig
@@ -273,3 +274,11 @@ def test_every_preset_maps_images_to_its_grid(name):
         assert codes.shape == (1, 2, 4, 4) and model.decode_codes(codes).shape == (1, 3, size, size)
     if name == "VQ-16":
         assert sum(p.numel() for p in model.parameters()) == 71_787_147
+
+
+def test_the_perceptual_distance_is_that_of_evaluation():
+    """The release trains with LPIPS' dropout active; here the distance of two images is always the same."""
+    images = torch.rand(2, 2, 3, 32, 32) * 2 - 1
+    model = build_perceptual(PerceptualOptions(perceptual_net="random"), torch.device("cpu"))
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(model(images[0], images[1]), model(images[0], images[1]))

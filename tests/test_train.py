@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from tokenizer.tokenizer_image.vq_options import recipe as vq_recipe
 from utils.batches import BatchOptions, GlobalBatches, plan_steps
 from utils.checkpoint import read_export
 from utils.config import UserError, check_options, parse
+from utils.distributed import Processes
 from utils.ema import EMA
 from utils.optim import OptimOptions, clip_gradients, learning_rate
 
@@ -206,6 +208,13 @@ def test_models_are_kept_by_epoch(codes, tmp_path):
     assert not (tmp_path / "run" / "snapshots" / "epoch-0001.50").exists()
 
 
+def test_biases_and_norms_do_not_decay(gpt):
+    """As in the released DDP trainer; its FSDP trainer decays them too."""
+    decayed, kept = train_c2i.make_optimizer(gpt, OptimOptions(weight_decay=0.05), fused=False).param_groups
+    assert {p.ndim for p in kept["params"]} == {1} and kept["weight_decay"] == 0 and decayed["weight_decay"] == 0.05
+    assert sum(p.numel() for group in (decayed, kept) for p in group["params"]) == sum(p.numel() for p in gpt.parameters())
+
+
 def test_a_typed_end_of_the_learning_rate_means_cosine_decay_in_both_trainers():
     """One option, one meaning: a typed --lr-end is reached, unless another schedule is typed."""
     gpt = ["--code-path", "c", "--gpt-model", "GPT-tiny", "--image-size", "32"]
@@ -294,6 +303,29 @@ def test_stage_two_goes_on_with_the_discriminator_of_stage_one(stage_one):
         config = parse(VQTrainConfig, vq_recipe, list(map(str, words)))
         state = vq_train.build_loss(config, torch.device("cpu")).discriminator.state_dict()
         assert all(torch.equal(state[key], kept[key]) for key in kept) == equal
+
+
+def test_the_discriminators_loss_bears_the_weight_under_the_released_recipe(stage_one, monkeypatch):
+    """There one factor of 0.5 is on both sides; the paper says nothing of the discriminator's, here 1."""
+    norms, images = {}, torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for name in ("paper", "released"):
+        words = vq_options(stage_one[0], Path("r"), "semantic", 6, "--recipe", name, "--disc-weight", 0.5, "--disc-start", 0)
+        config = parse(VQTrainConfig, vq_recipe, list(map(str, words)))
+        training = vq_train.set_up(config, Processes(0, 1, 0, torch.device("cpu")))
+        with torch.no_grad():
+            for seed, parameter in enumerate([*training.model.parameters(), *training.loss.discriminator.parameters()]):
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) * 0.05)
+
+        def noted(step, groups, *rest, name=name):
+            if step == "discriminator":
+                norms[name] = torch.stack([p.grad.norm() for p in groups[0]]).norm().item()
+            return True, torch.zeros(())
+
+        monkeypatch.setattr(vq_train, "optimizer_step", noted)
+        run = SimpleNamespace(processes=training.processes, metrics=SimpleNamespace(add=lambda metrics: None))
+        plan = plan_steps(config.batch, 24, 1)
+        vq_train.train_step(training, iter([(images,)]), plan, config, run, 0)
+    assert norms["released"] == pytest.approx(0.5 * norms["paper"], rel=1e-4) and norms["paper"] > 0
 
 
 def test_a_whitened_start_leaves_the_codes_and_keeps_models(stage_one, tmp_path):
