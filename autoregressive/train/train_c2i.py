@@ -34,6 +34,7 @@ from utils.distributed import Processes, parallelize, setup, synchronize_gradien
 from utils.ema import EMA
 from utils.optim import OptimOptions, clip_gradients, initialise_optimizer, learning_rate, set_learning_rate, uses_bf16
 from utils.run import Run, set_up_logging
+from utils.signals import ignore_in_worker
 from utils.train_state import TrainState
 
 log = logging.getLogger("train_c2i")
@@ -143,7 +144,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
     batches = GlobalBatches(len(dataset), plan, processes.rank, config.run.seed, first_step)
     # The data set makes whole batches: there is nothing to collate.
     loader = iter(DataLoader(dataset, batch_sampler=batches, collate_fn=tuple, num_workers=config.codes.num_workers,
-                             pin_memory=torch.cuda.is_available()))
+                             pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_in_worker))
     training.model.train()
     for step in run.steps():
         lr = learning_rate(config.optim, step, plan.total_steps)
