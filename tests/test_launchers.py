@@ -112,7 +112,9 @@ def test_a_launcher_passes_signals_on_and_waits(tmp_path, name, code):
                f"open({str(said)!r}, 'w').write(signal.Signals(asked[0]).name)\nsys.exit({code})\n")
     (tmp_path / "own.py").write_text(program)
     environment = os.environ | {"NPROC": "1", "PYTHON": sys.executable, "REQUIREMENTS_MET_BY": sys.executable}
-    wrapper = subprocess.Popen(["bash", SCRIPTS / "launch.sh", "own.py"], cwd=tmp_path, env=environment)
+    # A job in the background, as CI may be, ignores SIGINT, and a shell cannot trap what was ignored when it began.
+    wrapper = subprocess.Popen(["bash", SCRIPTS / "launch.sh", "own.py"], cwd=tmp_path, env=environment,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while not said.exists():
         time.sleep(0.02)
     wrapper.send_signal(getattr(signal, f"SIG{name}"))
