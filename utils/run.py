@@ -169,9 +169,10 @@ class Run:
             write_json(self.folder / "options.json", asdict(self.record))
         metrics = unlinked(self.folder / "metrics.jsonl")
         if metrics.exists():  # lines after the checkpoint will be written again
-            lines = read_metrics(metrics)
-            with replacing(metrics) as aside:
-                aside.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
+            kept = "".join(json.dumps(line) + "\n" for line in read_metrics(metrics) if line["step"] <= step)
+            if kept != metrics.read_text():
+                with replacing(metrics) as aside:
+                    aside.write_text(kept)
 
     def steps(self) -> Iterator[int]:
         """Step numbers still to do, under a progress bar; seeds each step from (seed, step, rank)."""
