@@ -2,11 +2,11 @@
 
     python scripts/chaos.py --kills 1000 --seed 0 --out report.json
 
-A run is killed up to --times times, by a signal drawn for each kill: SIGKILL, SIGTERM or SIGINT of all its processes, SIGKILL
-or SIGTERM of one of two.  Here, as under torchrun, the others end when one has died, and all start again.  Losses of every step
-and the final weights of trainings, and all rows of codes and images, must be those of the undisturbed run.  After a request to
-stop no logged step may be done again.  Runs fork from this process, which has the libraries loaded.  Not part of the
-tests, which run a small share of it.
+A run is killed up to --times times, by a signal drawn for each kill: SIGKILL, SIGTERM, SIGUSR1 or SIGINT of all its processes,
+SIGKILL or SIGTERM of one of two.  Here, as under torchrun, the others end when one has died, and all start again.  Losses of
+every step and the final weights of trainings, and all rows of codes and images, must be those of the undisturbed run.  After a
+request to stop no logged step may be done again.  Runs fork from this process, which has the libraries loaded.  Not part of
+the tests, which run a small share of it.
 """
 
 import json
@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -97,8 +98,8 @@ TASKS = {
     "reference npz": Task(val_ddp.main, "--data-path {many} --image-size 32 --num-workers 0 --out {out}/x.npz", 1, "", IMAGES),
 }
 # What is sent, to all processes or to one drawn at random.
-KILLS = {1: (("SIGKILL", False), ("SIGTERM", False), ("SIGINT", False)),
-         2: (("SIGKILL", False), ("SIGTERM", False), ("SIGINT", False), ("SIGKILL", True), ("SIGTERM", True))}
+KILLS = {1: (("SIGKILL", False), ("SIGTERM", False), ("SIGUSR1", False), ("SIGINT", False)),
+         2: (("SIGKILL", False), ("SIGTERM", False), ("SIGUSR1", False), ("SIGINT", False), ("SIGKILL", True), ("SIGTERM", True))}
 
 
 @dataclass
@@ -116,6 +117,7 @@ def _child(task: Task, words: list[str], out: Path, rank: int, port: int) -> Non
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(out / f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", 1) for number in (1, 2))
+    tqdm.set_lock(threading.RLock())  # the parent's is shared by all processes: one killed while it holds it would stop them all
     if task.processes > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(task.processes), "MASTER_ADDR": "127.0.0.1",
                        "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(task.processes)}
@@ -189,6 +191,7 @@ def difference(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], to
 
 def kill_once(name: str, task: Task, paths: dict[str, str], out: Path, longest: float, rng: random.Random) -> Kill | None:
     """Start a task and send a signal at a random moment; None if it ended before."""
+    told = {path: path.stat().st_size for path in out.glob("stderr*")}  # by earlier tries
     processes, moment = start(task, paths, out), rng.uniform(0, longest)
     if await_end(processes, moment, GRACE):
         codes = [process.exitcode for process in processes]
@@ -198,21 +201,22 @@ def kill_once(name: str, task: Task, paths: dict[str, str], out: Path, longest: 
         if process.is_alive():
             assert process.pid is not None
             os.kill(process.pid, getattr(signal, sent))
-    ended = await_end(processes, PATIENCE, PATIENCE if sent != "SIGKILL" else GRACE)
+    ended = await_end(processes, PATIENCE, GRACE if sent == "SIGKILL" else 2 * GRACE)
+    left_alone = alone and any(process.exitcode for process in processes)  # in a rendezvous, say: torchrun kills it then
     for process in processes:
         process.kill()
         process.join()
+    said = {path.name: path.read_bytes()[told.get(path, 0):].decode(errors="replace") for path in out.glob("stderr*")}
     kill = Kill(name, f"{sent} of one" if alone else sent, moment, [process.exitcode for process in processes])
-    if not ended and sent != "SIGKILL":
-        kill.fault = f"went on {PATIENCE:.0f} s after {sent}"
+    if not ended and sent != "SIGKILL" and not left_alone:
+        kill.fault = f"went on after {sent}"
     elif task.log and sent != "SIGKILL" and 0 not in kill.exit_codes:
         steps = [int(path.name[5:]) for path in (out / "run" / "checkpoints").glob("step-*")]
         last = max([*logged(Path(task.log.format(out=out)), "lr"), 0])
-        if any(code in (130, 143) for code in kill.exit_codes) and "asked to stop" in (out / "stderr0").read_text() \
+        if any(code in (130, 143) for code in kill.exit_codes) and "asked to stop" in said["stderr0"] \
                 and max([*steps, 0]) < last:
             kill.fault = f"step {last} was logged, the last checkpoint is of step {max([*steps, 0])}"
-    said = [path.read_text() for path in out.glob("stderr*")]
-    if not kill.fault and (tracebacks := [text for text in said if "Traceback" in text]):
+    if not kill.fault and (tracebacks := [text for text in said.values() if "Traceback" in text]):
         kill.fault = f"traceback: {tracebacks[0][-400:]}"
     return kill
 

@@ -199,3 +199,18 @@ def test_a_full_disk_is_one_sentence_and_the_run_carries_on(codes, tmp_path, ref
     assert "Traceback" not in done.stderr and not list((tmp_path / "run" / "checkpoints").iterdir())
     command(TRAIN, *words[2:])
     assert losses(tmp_path / "run") == pytest.approx(reference, abs=1e-6)
+
+
+def test_a_signal_is_not_lost_where_python_drops_exceptions(tmp_path):
+    """One that arrives in a `__del__`, whose exceptions are ignored, ends the process all the same, without a traceback."""
+    code = ("import os, signal, time\n"
+            "from utils.config import run_main\n"
+            "class Slow:\n"
+            "    def __del__(self):\n"
+            "        signal.raise_signal(signal.SIGTERM)\n"
+            "def main():\n"
+            "    Slow()\n"
+            "    time.sleep(60)\n"
+            "run_main(main)\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (143, "")

@@ -8,6 +8,7 @@ one backward pass and leaves some parameters without gradient; DDP would search 
 """
 
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.config import UserError
+from utils.signals import handled_by
 
 _COLLECTIVE = timedelta(minutes=10)  # a collective of training that takes longer waits for a process that is no more
 _PATIENCE = timedelta(hours=24)
@@ -85,9 +87,9 @@ def setup(device: str = "auto") -> Processes:
         torch.backends.cudnn.allow_tf32 = True
     if not dist.is_initialized():
         alone: dict[str, Any] = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_COLLECTIVE, **alone)
-        if world_size > 1:
-            for purpose in ("barrier", "checkpoint"):  # all processes make them together, now
+        with handled_by(signal.SIG_DFL):  # waiting for the others is in C++, where no handler of Python's would run
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_COLLECTIVE, **alone)
+            for purpose in ("barrier", "checkpoint") if world_size > 1 else ():  # all processes make them together, now
                 patient_group(purpose)
     return Processes(rank, world_size, local_rank, target)
 

@@ -6,11 +6,13 @@ checkpoint first (`Run`).  Exit codes are the shell's: 143 for SIGTERM and SIGUS
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
 RETRY = 75             # exit code of a process that lost another one: starting all of them again may help
@@ -18,18 +20,36 @@ LAUNCHED = "IAR2_LAUNCHED"  # set where scripts/launch.py tells what went wrong,
 _ECHO_SECONDS = 2.0    # Ctrl-C reaches a process twice, by the terminal and by the script that started it
 
 
+class _Leaving(SystemExit):
+    """What a signal raises; signum: the signal."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(EXIT_CODES[signal.Signals(signum)])
+        self.signum = signum
+
+
 @contextmanager
 def leaving_at_once() -> Iterator[None]:
     """Within the block a signal ends the process by SystemExit."""
     def leave(signum: int, frame: FrameType | None) -> None:
-        raise SystemExit(EXIT_CODES[signal.Signals(signum)])
+        raise _Leaving(signum)
 
-    with handled_by(leave):
-        yield
+    def unraisable(dropped: Any) -> None:
+        if isinstance(dropped.exc_value, _Leaving):  # raised in a __del__, say, whose exceptions Python drops: ask again
+            threading.Timer(0.05, os.kill, (os.getpid(), dropped.exc_value.signum)).start()
+        else:
+            former(dropped)
+
+    former, sys.unraisablehook = sys.unraisablehook, unraisable
+    try:
+        with handled_by(leave):
+            yield
+    finally:
+        sys.unraisablehook = former
 
 
 @contextmanager
-def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def handled_by(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
     """Within the block the signals go to `handler`; threads other than the main one cannot choose."""
     chosen = EXIT_CODES if threading.current_thread() is threading.main_thread() else ()
     before = {each: signal.signal(each, handler) for each in chosen}
