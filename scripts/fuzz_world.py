@@ -133,7 +133,8 @@ def write_files(world: Path) -> None:
         folder = world / "images" / f"class{index % 3}"
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f"{index}.png")
-    np.savez(world / "images_npz.npz", images=pixels, labels=np.arange(12) % 3, class_names=np.array(["a", "b", "c"]))
+    names = np.array([f"class{index}" for index in range(3)])
+    np.savez(world / "images_npz.npz", images=pixels, labels=np.arange(12) % 3, class_names=names)
     statistics = {key: np.eye(shape[0], dtype=np.float32) if len(shape) > 1 else np.zeros(shape, np.float32)
                   for key, shape in STATISTICS.items()}
     np.savez_compressed(world / "statistics.npz", **statistics)  # type: ignore[arg-type]

@@ -309,7 +309,8 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
     *[(header(**{name: None}), f"lacks the field '{name}'") for name in (
         "tokenizer", "codebook_sizes", "grid_size", "image_size", "crops", "augmentation", "num_classes", "images", "source")],
     (header(complete=None), "unfinished"), (header(complete=False), "unfinished"),
-    (header(colour="red"), "has the unknown field 'colour'"), (header(version=2, colour="red"), "by a newer version, 2 where 1"),
+    (header(colour="red"), "has the unknown field 'colour'"), (header(version=9, colour="red"), "by a newer version, 9 where 2"),
+    (header(class_names=["a"]), "names 1 of 3 classes"), (header(class_names=[1, 2, 3]), "not a list of strings"),
     (header(version="1"), 'has version "1", not a positive integer'), (header(images=48.0), "has images 48.0, not a positive"),
     (header(images=True), "has images true, not a positive"), (header(images=0), "has images 0, not a positive integer"),
     (header(crops=-1), "has crops -1, not a positive"), (header(grid_size="4"), 'has grid_size "4", not a positive'),

@@ -311,7 +311,7 @@ def test_the_discriminators_loss_bears_the_weight_under_the_released_recipe(stag
     for name in ("paper", "released"):
         words = vq_options(stage_one[0], Path("r"), "semantic", 6, "--recipe", name, "--disc-weight", 0.5, "--disc-start", 0)
         config = parse(VQTrainConfig, vq_recipe, list(map(str, words)))
-        training = vq_train.set_up(config, Processes(0, 1, 0, torch.device("cpu")))
+        training = vq_train.set_up(config, {}, Processes(0, 1, 0, torch.device("cpu")))
         with torch.no_grad():
             for seed, parameter in enumerate([*training.model.parameters(), *training.loss.discriminator.parameters()]):
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) * 0.05)

@@ -221,6 +221,17 @@ def read_export(path: str | Path, kind: str, option: str, tensors: bool = True) 
     return description, found
 
 
+def read_initial(path: str, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights that --init-from names, and what a run's record says of them; both empty for an empty path.
+
+    A run whose record says other weights is not continued: it would be the result of those.
+    """
+    if not path:
+        return {}, {}
+    _, tensors = read_export(path, kind, "--init-from")
+    return tensors, {"the weights of --init-from": fingerprint(tensors)}
+
+
 def require_description(text: str, kind: str, where: str, version: str = "1") -> dict[str, Any]:
     """What an exported file says about its model, from JSON; raises UserError when it cannot be that of a `kind`."""
     if not version.isdecimal() or int(version) > EXPORT_VERSION:

@@ -14,10 +14,11 @@ from utils.checkpoint import read_export, restore
 
 @dataclass
 class ClassifierConfig:
-    """Shape of the classifier."""
+    """Shape of the classifier, and what its outputs mean."""
 
     num_classes: int = 10
     channels: tuple[int, ...] = (32, 64, 128)
+    class_names: tuple[str, ...] = ()  # of its outputs; empty where the images had none
 
 
 class SmallClassifier(nn.Module):

@@ -18,17 +18,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from utils.class_names import require_same_names
 from utils.config import UserError
 from utils.files import read_json, require_same
 from utils.row_shares import DONE, MISSING
 
 # Names of the code streams by their number, for logs and figures.
 STREAMS = {1: ("token",), 2: ("semantic", "detail")}
-VERSION = 1  # of the folder's layout
+VERSION = 2  # of the folder's layout: 2 has class names and the images' checksum
 
 _LOOKED_AT = 256  # rows whose codes are checked when a folder is opened
 _AGAIN = "extract the codes again"
-_WORDS: dict[Any, str] = {list[int]: "a list of integers", int: "a positive integer", bool: "true or false", str: "a string"}
+_WORDS: dict[Any, str] = {list[int]: "a list of integers", int: "a positive integer", bool: "true or false", str: "a string",
+                          list[str]: "a list of strings"}
 
 
 @dataclass
@@ -46,6 +48,8 @@ class CodeHeader:
     source: str
     complete: bool = False
     largest_codes: list[int] = header_field(default_factory=list)  # of each stream; empty while unfinished and in older folders
+    class_names: list[str] = header_field(default_factory=list)    # by label id; empty where the images have none
+    images_checksum: str = ""   # `ImageSource.checksum`; empty in older folders
     version: int = VERSION
 
     @property
@@ -61,6 +65,15 @@ class CodeHeader:
     def as_begun(self) -> "CodeHeader":
         """Without what only the end of the extraction knows."""
         return replace(self, complete=False, largest_codes=[])
+
+    def comparable(self, other: "CodeHeader", what: str, source: str) -> dict[str, Any]:
+        """The fields, with `other`'s where this one, an older folder's, lacks them; UserError where classes have other names.
+
+        what, source: the two, as messages call them.
+        """
+        require_same_names(tuple(self.class_names), tuple(other.class_names), what, source)
+        checksum = self.images_checksum and other.images_checksum and self.images_checksum
+        return asdict(replace(self, class_names=[], images_checksum=checksum, version=VERSION))
 
 
 class Codes(NamedTuple):
@@ -101,13 +114,13 @@ def load_header(folder: Path, option: str) -> CodeHeader:
     path = folder / "header.json"
     if not path.is_file():
         raise UserError(f"{option} {folder} holds no codes (no header.json): give a folder that extract_codes_c2i.py wrote.")
-    found, what = read_json(path, option, "the codes"), f"{option} {path}"
-    if not isinstance(found, dict):
+    read, what = read_json(path, option, "the codes"), f"{option} {path}"
+    if not isinstance(read, dict):
         raise UserError(f"{what} is no JSON object with the fields of a code header: {_AGAIN}.")
-    version = found.get("version", 1)
-    if type(version) is int and version > VERSION:
-        raise UserError(f"{what} was written by a newer version, {version} where {VERSION} is known: update this repository "
-                        "or extract the codes again.")
+    found: dict[str, Any] = {"version": 1} | read
+    if type(found["version"]) is int and found["version"] > VERSION:
+        raise UserError(f"{what} was written by a newer version, {found['version']} where {VERSION} is known: update this "
+                        "repository or extract the codes again.")
     types = get_type_hints(CodeHeader)
     if unknown := sorted(set(found) - set(types)):
         raise UserError(f"{what} has the unknown field {unknown[0]!r}, the known ones being {', '.join(types)}: {_AGAIN}.")
@@ -125,6 +138,8 @@ def _is_of(value: Any, kind: Any) -> bool:
     """Whether a value of JSON is of a field's type; numbers count something and are positive, those in lists not negative."""
     if kind == list[int]:
         return isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)
+    if kind == list[str]:
+        return isinstance(value, list) and all(type(each) is str for each in value)
     return type(value) is kind and (kind is not int or value > 0)
 
 
@@ -134,6 +149,8 @@ def _require_streams(header: CodeHeader, what: str) -> CodeHeader:
         raise UserError(f"{what} has codebook_sizes {sizes}, not a size of 1 to 2**32 for each stream: {_AGAIN}.")
     if largest and (len(largest) != len(sizes) or any(code >= size for code, size in zip(largest, sizes))):
         raise UserError(f"{what} has largest_codes {largest}, which do not fit codebooks of {sizes} codes: {_AGAIN}.")
+    if header.class_names and len(header.class_names) != header.num_classes:
+        raise UserError(f"{what} names {len(header.class_names)} of {header.num_classes} classes: {_AGAIN}.")
     return header
 
 
@@ -186,9 +203,10 @@ def read_joint_header(folders: Sequence[Path], option: str = "--code-path") -> C
     """The header of several folders that hold different crops of the same images; raises UserError where they do not."""
     first, *others = (read_header(folder, option) for folder in folders)
     for folder, other in zip(folders[1:], others):
-        as_first = replace(other, crops=first.crops, augmentation=first.augmentation, largest_codes=first.largest_codes,
-                           version=first.version)
-        require_same(asdict(as_first), asdict(first), f"{option} {folder} was extracted with",
+        as_first = replace(other, crops=first.crops, augmentation=first.augmentation, largest_codes=first.largest_codes)
+        what, source = f"{option} {folder}", f"{option} {folders[0]}"
+        require_same(as_first.comparable(first, what, source), first.comparable(as_first, source, what),
+                     f"{what} was extracted with",
                      f"give folders of the same images and tokenizer as {folders[0]}, which differ in their crops alone")
     return first
 

@@ -52,7 +52,8 @@ class CodeWriter:
     def _require_own(self) -> None:
         if not (self.folder / "header.json").exists():
             return
-        require_same(asdict(load_header(self.folder, _OPTION).as_begun()), asdict(self.header),
+        found, images = load_header(self.folder, _OPTION).as_begun(), "--data-path"
+        require_same(found.comparable(self.header, self._target, images), self.header.comparable(found, images, self._target),
                      f"{self._target} holds codes made with", "choose another folder or delete this one")
         labels = map_array(self.folder / "labels.npy", np.dtype(np.int64), self._labels.shape, _OPTION)
         if not np.array_equal(labels, self._labels):

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from utils.class_names import ClassNames
 from utils.config import UserError
 from utils.distributed import Processes
 from utils.files import check_writable, replacing, require_same, write_json
@@ -147,17 +148,18 @@ class ImageStore:
         """Rows that this process should do, neighbours among those missing when the store was opened: int64 [m]."""
         return self._share
 
-    def finish(self, **arrays: np.ndarray) -> int:
+    def finish(self, class_names: ClassNames = (), /, **arrays: np.ndarray) -> int:
         """Close the store in every process; the main process then makes the npz and removes the `.partial` folder.
 
-        Every process calls this once its own rows are done, and returns when the npz is there.  arrays: members besides
-        `arr_0` (the images), scalars or N rows each; rows of skipped images are left out.  Returns the number of images in
+        Every process calls this once its own rows are done, and returns when the npz is there.  class_names: by label id, kept
+        as the member of this name; arrays: members besides `arr_0` (the images), scalars or N rows each; rows of skipped images
+        are left out.  Returns the number of images in
         the main process, 0 in the others.  Raises UserError if every row was skipped or the disk is full, RuntimeError
         while rows are missing, ValueError for an array of another length.
         """
         self.close()
         self.processes.barrier()
-        count = self._make_npz(arrays) if self.processes.is_main else 0
+        count = self._make_npz(class_names, arrays) if self.processes.is_main else 0
         self.processes.barrier()
         wait_until_visible(self.path)
         return count
@@ -166,12 +168,14 @@ class ImageStore:
         """Close this process's files; what was written stays for the next one to open the store."""
         self._shares.close()
 
-    def _make_npz(self, arrays: dict[str, np.ndarray]) -> int:
+    def _make_npz(self, class_names: ClassNames, arrays: dict[str, np.ndarray]) -> int:
         kept = self._shares.whole(None, self.processes) == DONE  # [N]
         if not kept.any():
             raise UserError(f"--out {self.path} would hold no image because all {self.shape[0]} were skipped: "
                             f"check the images, then delete {self.folder} and run the command again.")
         members = {key: _kept_part(key, np.asarray(value), kept) for key, value in arrays.items()}
+        if class_names:
+            members["class_names"] = np.array(class_names)
         shape = (int(kept.sum()), *self.shape[1:])
         with full_disk_explained(f"--out {self.path}"), replacing(self.path) as aside:
             _write_npz(aside, shape, self._shares.in_order(np.flatnonzero(kept)), members, self._comment)

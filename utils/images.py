@@ -21,7 +21,7 @@ from PIL import Image
 
 from utils.config import UserError
 from utils.files import check_exists
-from utils.npz import NPZ_ERRORS, array_header, array_keys, open_array
+from utils.npz import NPZ_ERRORS, array_checksum, array_header, array_keys, open_array
 from utils.untrusted import printable, shortened
 
 log = logging.getLogger("images")
@@ -46,21 +46,27 @@ class UnreadableImage(Exception):
 class ImageSource:
     """Labelled images that can be loaded one by one; safe to pickle into workers and cheap to fork.
 
-    labels: int64 [N]; class_names: printable, one for each label id; rows: int64 [N], where each image lies in the storage.
+    labels: int64 [N]; num_classes: number of label ids, whether or not `subset` left images of each; class_names: printable, one
+    for each id, or none; rows: int64 [N], where each image lies in the storage.
     """
 
     def __init__(self, path: Path, option: str, labels: np.ndarray, class_names: Iterable[str]) -> None:
         self.path, self.option, self.class_names = path, option, tuple(printable(name) for name in class_names)
         self.labels = labels.astype(np.int64)  # [N]
+        self.num_classes = len(self.class_names) or int(labels.max()) + 1
         self.rows = np.arange(len(labels))  # [N]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
-    def num_classes(self) -> int:
-        """Number of label ids, whether or not `subset` left images of each."""
-        return len(self.class_names)
+    def checksum(self) -> str:
+        """Of labels and of what the storage says about its images without reading them: tells two sets of images apart."""
+        value = zlib.crc32(self.labels.tobytes(), self._storage_checksum())
+        return f"{zlib.crc32(self.rows.tobytes(), value):08x}"
+
+    def _storage_checksum(self) -> int:
+        raise NotImplementedError
 
     def name(self, index: int) -> str:
         """What to call an image in a message, printable: its path, or FILE.npz[row]."""
@@ -99,6 +105,10 @@ class FolderImages(ImageSource):
         # One array instead of a million strings: forked workers would copy every page that holds a string they touch.
         self._files = np.array([os.fsencode(file) for file in files])  # [N] bytes
 
+    def _storage_checksum(self) -> int:
+        """Of the files' names: asking a network file system for a million sizes would take minutes."""
+        return zlib.crc32(b"\0".join(self._files.tolist()))
+
     def _file(self, index: int) -> Path:
         return self.path / os.fsdecode(bytes(self._files[self.rows[index]]))
 
@@ -133,6 +143,10 @@ class ArrayImages(ImageSource):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_images": None}  # a pickled memory map would carry all pixels along
+
+    def _storage_checksum(self) -> int:
+        """Of the pixels, as the npz holds it."""
+        return array_checksum(self.path, "images")
 
     def name(self, index: int) -> str:
         """FILE.npz[row], with the row in the file."""
@@ -226,7 +240,7 @@ def _open_npz(path: Path, option: str) -> ArrayImages:
             raise UserError(f"{option} {path} has no {' and no '.join(absent)}, only {printable(', '.join(keys)) or 'nothing'}: "
                             "give an npz with images and labels.")
         _check_npz(f"{option} {path}", *array_header(path, "images"), *array_header(path, "labels"))
-        labels, names = np.array(open_array(path, "labels")), None
+        labels, names = np.array(open_array(path, "labels")), list[str]()
         if labels.min() < 0:
             raise UserError(f"{option} {path} has the negative label {labels.min()} at row {labels.argmin()}: number the "
                             "classes from 0.")
@@ -239,7 +253,7 @@ def _open_npz(path: Path, option: str) -> ArrayImages:
     except NPZ_ERRORS as error:
         raise UserError(f"{option} {path} is not a readable npz ({shortened(error)}): {_FOLDER_REMEDY}, whole and not "
                         "truncated.") from error
-    return ArrayImages(path, option, labels, names or map(str, range(int(labels.max()) + 1)), images)
+    return ArrayImages(path, option, labels, names, images)
 
 
 def _read_class_names(where: str, path: Path, num_classes: int) -> list[str]:

@@ -35,6 +35,12 @@ def array_header(path: Path, key: str) -> tuple[tuple[int, ...], np.dtype]:
     return shape, dtype
 
 
+def array_checksum(path: Path, key: str) -> int:
+    """CRC-32 of one array as the npz states it; raises KeyError if it is missing, NPZ_ERRORS if the file is damaged."""
+    with zipfile.ZipFile(path) as archive:
+        return archive.getinfo(f"{key}.npy").CRC
+
+
 def array_keys(path: Path) -> list[str]:
     """Names of the arrays in an npz; raises one of NPZ_ERRORS if the file is no sound npz.
 

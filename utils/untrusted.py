@@ -136,7 +136,6 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """The class or dtype that the pickle asks for, where a checkpoint's metadata has it; raises UnpicklingError otherwise."""
-        """A class of the list above; raises UnpicklingError for any other."""
         if (module, name) not in _METADATA_CLASSES and not (module == "torch" and isinstance(
                 getattr(torch, name, None), torch.dtype)):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no part of a checkpoint")

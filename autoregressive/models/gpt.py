@@ -44,6 +44,7 @@ class GPTProvenance:
     gpt_model: str = ""                                        # row of GPT_models; "" for a shape outside the table
     tokenizer: str = ""                                        # fingerprint; "" where an imported file does not say it
     image_size: int = 0                                        # of the images whose codes it was trained on
+    class_names: tuple[str, ...] = ()                          # by label id; empty where the images had none
     step: int = 0                                              # of its training; 0 if imported
     ema: float = 0.0                                           # decay of the averaged weights; 0 for plain ones
     sampling: dict[str, Any] = field(default_factory=dict)     # fields of SamplingOptions, the samplers' defaults

@@ -39,7 +39,7 @@ class GuidanceMapConfig:
     classes: tuple[Count, ...] = (207, 360, 387, 974, 88, 979, 417, 279)
     """Class ids, a row each; the default is LlamaGen's eight ImageNet classes."""
     class_names: tuple[str, ...] = ()
-    """Captions of the rows; empty: the class ids."""
+    """Captions of the rows; empty: the names that the GPT carries, else the class ids."""
     out: Path = Path("samples/guidance_map.png")
     """Picture to write (png, pdf or svg); the numbers go beside it as JSON."""
 

@@ -14,6 +14,7 @@ from autoregressive.models.generate import SamplingOptions, carried_fields, cfg_
 from autoregressive.models.gpt import GPT, load_gpt
 from tokenizer.tokenizer_image.vq_model import load_tokenizer
 from utils.checkpoint import fingerprint, read_export
+from utils.class_names import ClassNames, require_same_names
 from utils.config import Count, Device, UserError, choices, flag
 from utils.crops import to_uint8
 from utils.optim import uses_bf16
@@ -74,6 +75,7 @@ class Pipeline:
                 if getattr(giver.config, name) != getattr(self.gpt.config, name):
                     raise UserError(f"{option} has {name} {getattr(giver.config, name)} but --gpt-ckpt {models.gpt_ckpt} has "
                                     f"{getattr(self.gpt.config, name)}: give two stages of one size.")
+            require_same_names(giver.provenance.class_names, self.class_names, option, f"--gpt-ckpt {models.gpt_ckpt}")
             if seen != expected:
                 raise UserError(f"--gpt-ckpt {models.gpt_ckpt} predicts {seen} but {option} refines {expected}: give two stages "
                                 "trained with the maps of one rearrange.py run.")
@@ -92,6 +94,11 @@ class Pipeline:
     def num_classes(self) -> int:
         """Classes the GPT knows."""
         return self.gpt.config.num_classes
+
+    @property
+    def class_names(self) -> ClassNames:
+        """Their names by id; empty where the GPT does not carry them."""
+        return self.gpt.provenance.class_names
 
     @property
     def image_size(self) -> int:
@@ -135,7 +142,7 @@ def check_classes(classes: tuple[int, ...], names: tuple[str, ...], pipeline: Pi
         raise UserError(f"--class-names has {len(names)} names for the {len(classes)} --classes.")
     if (highest := max(classes)) >= pipeline.num_classes:
         raise UserError(f"--classes {highest} is out of range: the model knows classes 0 to {pipeline.num_classes - 1}.")
-    return list(names) or [f"class {value}" for value in classes]
+    return list(names) or [pipeline.class_names[value] if pipeline.class_names else f"class {value}" for value in classes]
 
 
 def check_sampling(sampling: SamplingOptions, gpt: GPT) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from utils.checkpoint import fingerprint
+from utils.class_names import ClassNames, require_same_names
 from utils.classifier import load_classifier
 from utils.config import Positive, UserError
 from utils.crops import to_tensor
@@ -40,7 +41,7 @@ class RejectionOptions:
     """Candidates drawn for each sample that is kept; 1: no rejection sampling."""
     classifier: str = ""
     """What selects: a timm model by name (downloaded), or a file of evaluations/c2i/classifier.py.
-    Its classes must be the GPT's in the same order: another number is refused, another order cannot be noticed."""
+    Its classes must be the GPT's in the same order: another number, or other names in a file, are refused."""
     classifier_weights: Path | None = None
     """Local file with the weights of the timm model, instead of its download."""
     classifier_batch_size: Positive = 64
@@ -70,8 +71,11 @@ def check_rejection(options: RejectionOptions) -> None:
         log.info("--classifier %s selects nothing at --rejection-ratio 1", options.classifier)
 
 
-def load_selector(options: RejectionOptions, num_classes: int) -> Selector:
-    """The classifier that --classifier names; raises UserError if there is none or it has not `num_classes` outputs."""
+def load_selector(options: RejectionOptions, num_classes: int, class_names: ClassNames = ()) -> Selector:
+    """The classifier that --classifier names; raises UserError if there is none or its classes are not those of the GPT.
+
+    num_classes, class_names: those of the GPT, names where it carries them.
+    """
     name, path = options.classifier, Path(options.classifier)
     if not (path.is_file() or path.suffix == ".safetensors" or (path / "classifier.safetensors").is_file()):
         model, transform = load_timm(name, options.classifier_weights, num_classes)
@@ -81,6 +85,7 @@ def load_selector(options: RejectionOptions, num_classes: int) -> Selector:
                         f"{name} is a file with weights of its own: give one of the two.")
     model = load_classifier(name)
     require_classes(model.config.num_classes, num_classes, f"--classifier {name}")
+    require_same_names(model.config.class_names, class_names, f"--classifier {name}", "the GPT")
     return Selector(path.name, model, to_tensor)
 
 
@@ -179,7 +184,7 @@ def select(scores: np.ndarray, candidate_labels: np.ndarray, labels: np.ndarray)
 
 
 def keep_best(selector: Selector, candidates: Path, out: Path, labels: np.ndarray, about: dict[str, Any], batch_size: int,
-              processes: Processes) -> None:
+              processes: Processes, class_names: ClassNames = ()) -> None:
     """Select from the npz `candidates` and write the npz `out` with the wanted labels [M].
 
     about: identity of the result, with a `rejection` entry, to which the npz adds the mean probabilities.
@@ -195,6 +200,6 @@ def keep_best(selector: Selector, candidates: Path, out: Path, labels: np.ndarra
     kept, drawn = float(scores[chosen].mean()), float(scores.mean())
     means = {"mean_probability_kept": kept, "mean_probability_candidates": drawn}
     options = {**about, "rejection": about["rejection"] | means}
-    store.finish(arr_1=labels, kind=np.array("samples"), options=np.array(json.dumps(options)))
+    store.finish(class_names, arr_1=labels, kind=np.array("samples"), options=np.array(json.dumps(options)))
     log.info("rejection sampling by %s kept %d of %d candidates: mean probability of their class %.4f, before %.4f",
              selector.name, len(labels), len(scores), kept, drawn)

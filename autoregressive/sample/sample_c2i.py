@@ -36,7 +36,7 @@ class GridConfig:
     batch_size: Positive = 64
     """Images drawn at once."""
     class_names: tuple[str, ...] = ()
-    """Captions of the rows; empty: the class ids."""
+    """Captions of the rows; empty: the names that the GPT carries, else the class ids."""
     out: Path = Path("samples/grid.png")
     """PNG to write."""
 

@@ -89,7 +89,7 @@ def draw(pipeline: Pipeline, path: Path, labels: np.ndarray, about: dict[str, An
         store.write(batch, pipeline.sample(labels[padded], padded)[: len(batch)])
         bar.update(len(batch))
     bar.close()
-    store.finish(arr_1=labels, kind=np.array(about["kind"]), options=np.array(json.dumps(about)))
+    store.finish(pipeline.class_names, arr_1=labels, kind=np.array(about["kind"]), options=np.array(json.dumps(about)))
     if processes.is_main:
         rate = {"images": missing, "images_per_second": missing / (time.perf_counter() - started)}
         write_json(path.with_suffix(".rate.json"), rate)
@@ -106,7 +106,7 @@ def draw_and_select(pipeline: Pipeline, selector: Selector, labels: np.ndarray, 
         draw(pipeline, candidates, np.tile(labels, ratio), drawn, config, processes)
     log.info("%s: %d candidates; move %s away to select by another --classifier without drawing again",
              candidates, count, out.name)
-    keep_best(selector, candidates, out, labels, about, config.rejection.classifier_batch_size, processes)
+    keep_best(selector, candidates, out, labels, about, config.rejection.classifier_batch_size, processes, pipeline.class_names)
 
 
 def write_samples(config: SampleConfig, pipeline: Pipeline, selector: Selector | None, processes: Processes) -> None:
@@ -135,7 +135,9 @@ def main() -> None:
     set_up_logging(processes)
     check_rejection(config.rejection)
     pipeline = Pipeline(config.models, config.sampling, config.fine, processes.device)
-    selector = load_selector(config.rejection, pipeline.num_classes) if config.rejection.rejection_ratio > 1 else None
+    selector = None
+    if config.rejection.rejection_ratio > 1:
+        selector = load_selector(config.rejection, pipeline.num_classes, pipeline.class_names)
     write_samples(config, pipeline, selector, processes)
     processes.barrier()
     processes.close()

@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from autoregressive.models.gpt import GPT, load_gpt
+from autoregressive.models.gpt import GPT, GPTProvenance, load_gpt
+from autoregressive.models.transformer import GPTConfig
+from utils.class_names import require_same_names
 from utils.code_map import load_code_map
 from utils.code_shards import STREAMS, CodeDataset, read_header, require_fit
 from utils.config import Device, Positive, UserError, parse, run_main
@@ -48,20 +50,22 @@ class EvaluateConfig:
     """auto: CUDA where there is any."""
 
 
-def open_held_out(gpt: GPT, model: str, code_path: str | Path, code_map: str, option: str = "--code-path") -> CodeDataset:
-    """Held-out codes as the GPT sees them; raises UserError, naming `option`, when they are of another tokenizer or shape.
+def open_held_out(config: GPTConfig, about: GPTProvenance, model: str, code_path: str | Path, code_map: str,
+                  option: str = "--code-path") -> CodeDataset:
+    """Held-out codes as a GPT sees them; raises UserError, naming `option`, when they are of other classes, tokenizer or shape.
 
-    model: what messages call the GPT; code_map: the map of its training, or empty.
+    config, about: of the GPT; model: what messages call it; code_map: the map of its training, or empty.
     """
     header, found = read_header(code_path, option), load_code_map(code_map) if code_map else None
     if found:
         header = found.header(header, f"--code-map {code_map}")
     require_fit(header, code_path, {
-        "codebook_sizes": (list(gpt.config.codebook_sizes), model), "grid_size": (gpt.config.grid_size, model),
-        "num_classes": (gpt.config.num_classes, model)}, option)
-    if gpt.provenance.tokenizer not in ("", header.tokenizer):
+        "codebook_sizes": (list(config.codebook_sizes), model), "grid_size": (config.grid_size, model),
+        "num_classes": (config.num_classes, model)}, option)
+    require_same_names(tuple(header.class_names), about.class_names, f"{option} {code_path}", model)
+    if about.tokenizer not in ("", header.tokenizer):
         raise UserError(f"{option} {code_path} has codes of {header.tokenizer} but {model} was trained on those of "
-                        f"{gpt.provenance.tokenizer}: give codes of the same tokenizer, or the --code-map of the training.")
+                        f"{about.tokenizer}: give codes of the same tokenizer, or the --code-map of the training.")
     return CodeDataset(code_path, transform=found.apply if found else None)
 
 
@@ -106,7 +110,8 @@ def main() -> None:
     if config.out is not None:
         check_writable(config.out.parent, "--out")
     gpt = load_gpt(config.gpt_ckpt, processes.device)
-    held_out = open_held_out(gpt, f"--gpt-ckpt {config.gpt_ckpt}", config.code_path, config.code_map)
+    model = f"--gpt-ckpt {config.gpt_ckpt}"
+    held_out = open_held_out(gpt.config, gpt.provenance, model, config.code_path, config.code_map)
     figures = evaluate(gpt, held_out, config.batch_size, processes)
     figures["steps"] = gpt.provenance.step  # of its training; 0: imported
     if processes.is_main:

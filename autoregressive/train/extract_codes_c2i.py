@@ -80,7 +80,8 @@ def make_header(config: ExtractConfig, source: ImageSource, tokenizer: VQModel) 
     augmentation = f"ten-crop {config.crop_range}" if config.augmentation == "ten-crop" else config.augmentation
     return CodeHeader(tokenizer.provenance.fingerprint, list(tokenizer.config.codebook_sizes),
                       size // tokenizer.config.downsampling, size, crops, augmentation, source.num_classes, len(source),
-                      source=f"{len(source)} images of {config.images.data_path.name}")
+                      source=f"{len(source)} images of {config.images.data_path.name}", class_names=list(source.class_names),
+                      images_checksum=source.checksum)
 
 
 def extract(config: ExtractConfig, processes: Processes) -> None:

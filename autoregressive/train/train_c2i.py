@@ -26,7 +26,7 @@ from autoregressive.train.dry_run import print_dry_run
 from autoregressive.train.evaluate_c2i import evaluate, open_held_out
 from autoregressive.train.options import FIXED_OPTIONS, TrainConfig, check_codes, gpt_config, mapped_header, recipe
 from utils.batches import GlobalBatches, StepPlan, plan_steps
-from utils.checkpoint import RunRecord, export, load_weights, read_export
+from utils.checkpoint import RunRecord, export, load_weights, read_initial
 from utils.code_map import CodeMap
 from utils.code_shards import CodeDataset, CodeHeader
 from utils.config import parse, run_main, to_dict
@@ -50,12 +50,13 @@ def make_optimizer(model: nn.Module, options: OptimOptions, fused: bool) -> torc
     return optimizer
 
 
-def set_up(config: TrainConfig, model_config: GPTConfig, processes: Processes) -> tuple[GPT, TrainState]:
-    """The GPT and its training state before the first step; every process draws the same initial weights."""
+def set_up(config: TrainConfig, model_config: GPTConfig, initial: dict[str, Tensor],
+           processes: Processes) -> tuple[GPT, TrainState]:
+    """The GPT and its training state before the first step; every process draws, or takes, the same initial weights."""
     torch.manual_seed(config.run.seed)
     gpt = GPT(model_config)
-    if config.init_from:
-        load_weights(gpt, read_export(config.init_from, "gpt", "--init-from")[1], f"--init-from {config.init_from}")
+    if initial:
+        load_weights(gpt, initial, f"--init-from {config.init_from}")
     gpt.activation_checkpointing = config.parallel.activation_checkpointing
     gpt.to(processes.device)
     if config.parallel.compile:
@@ -98,7 +99,8 @@ def train_step(gpt: GPT, training: TrainState, loader: Iterator[tuple[Tensor, Te
 def provenance(config: TrainConfig, model: GPTConfig, header: CodeHeader, code_map: CodeMap | None) -> GPTProvenance:
     """What the exported file will say about the GPT beside its configuration."""
     preset = sampling_preset(config.gpt.gpt_model, len(model.codebook_sizes), model.grid_size, config.recipe)
-    about = GPTProvenance(config.gpt.gpt_model, header.tokenizer, header.image_size, ema=config.optim.ema_decay, sampling=preset)
+    about = GPTProvenance(config.gpt.gpt_model, header.tokenizer, header.image_size, tuple(header.class_names),
+                          ema=config.optim.ema_decay, sampling=preset)
     if code_map and code_map.coarse:
         about.coarse, about.coarse_of = code_map.coarse, tuple(code_map.table[:, 0].tolist())
     return about
@@ -129,14 +131,15 @@ def train(config: TrainConfig, processes: Processes) -> None:
     dataset = CodeDataset(*config.codes.code_path, seed=config.run.seed, transform=code_map.apply if code_map else None)
     plan = plan_steps(config.batch, len(dataset), processes.world_size)
     about, coarse = provenance(config, model_config, header, code_map), {"coarse": code_map.coarse if code_map else ""}
-    record = RunRecord("gpt", model=to_dict(model_config) | {"tokenizer": header.tokenizer} | coarse,
-                       defaults=to_dict(GPTConfig()) | {"coarse": ""}, options=to_dict(config), fixed=FIXED_OPTIONS,
+    initial, begun_from = read_initial(config.init_from, "gpt")
+    data = begun_from | {"tokenizer": header.tokenizer, "images_checksum": header.images_checksum}
+    held_out = config.codes.val_code_path and open_held_out(model_config, about, "this run", config.codes.val_code_path,
+                                                            config.codes.code_map, "--val-code-path")
+    record = RunRecord("gpt", model=to_dict(model_config) | data | coarse,
+                       defaults=to_dict(GPTConfig()) | data | {"coarse": ""}, options=to_dict(config), fixed=FIXED_OPTIONS,
                        export=to_dict(about) | {"model": to_dict(model_config)})
     run = Run(config.run, record, processes, plan.total_steps)
-    gpt, training = set_up(config, model_config, processes)
-    gpt.provenance = about
-    held_out = config.codes.val_code_path and open_held_out(gpt, "this run", config.codes.val_code_path, config.codes.code_map,
-                                                            "--val-code-path")
+    gpt, training = set_up(config, model_config, initial, processes)
     log.info("%s: %.1fM parameters, %d steps of %d images, %s on %d processes", config.gpt.gpt_model,
              sum(p.numel() for p in gpt.parameters()) / 1e6, plan.total_steps, plan.global_batch,
              config.parallel.data_parallel, processes.world_size)

@@ -76,7 +76,7 @@ def train(config: ClassifierTrainConfig, processes: Processes) -> SmallClassifie
     images, class_ids = load_all(source, config.image_size)
     labels = torch.from_numpy(class_ids).to(processes.device)
     torch.manual_seed(config.seed)
-    model = SmallClassifier(ClassifierConfig(source.num_classes, config.widths)).to(processes.device)
+    model = SmallClassifier(ClassifierConfig(source.num_classes, config.widths, source.class_names)).to(processes.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.05)
     steps = config.epochs * max(len(images) // config.batch_size, 1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps)

@@ -10,6 +10,7 @@ import numpy as np
 
 from evaluations.c2i.inception import POOL_FEATURES, SPATIAL_FEATURES
 from evaluations.c2i.metrics import NEAREST_K
+from utils.class_names import ClassNames
 from utils.config import UserError
 from utils.files import check_exists
 from utils.images import MAX_PIXELS
@@ -74,6 +75,15 @@ class EvaluationFile:
         if labels is not None and len(labels) and labels.min() < 0:
             raise UserError(f"{self.where} has the negative label {labels.min()} in arr_1: make the file again.")
         return labels
+
+    @property
+    def class_names(self) -> ClassNames:
+        """Names of the classes by label; empty where the file has none that can be read as such."""
+        try:
+            shape, dtype = array_header(self.path, "class_names") if "class_names" in self.keys else ((), np.dtype("U"))
+            return tuple(open_array(self.path, "class_names").tolist()) if len(shape) == 1 and dtype.kind == "U" else ()
+        except NPZ_ERRORS as error:
+            raise UserError(f"{self.where} has damaged class_names ({shortened(error)}): make the file again.") from error
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
         """Images in order, uint8 or float [n, H, W, 3], `size` rows at a time, without loading the rest.

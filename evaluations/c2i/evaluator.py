@@ -22,6 +22,7 @@ import tyro
 from evaluations.c2i.evaluation_file import EvaluationFile
 from evaluations.c2i.features import FeatureSource
 from evaluations.c2i.metrics import SPLIT_SIZE, frechet_distance, precision_recall
+from utils.class_names import different_names
 from utils.config import Device, Positive, UserError, parse, run_main, to_dict
 from utils.distributed import choose_device
 from utils.files import check_writable, write_json
@@ -95,6 +96,8 @@ def find_pitfalls(reference: EvaluationFile, sample: EvaluationFile, purpose: st
     if purpose == "reconstruction" and reference.count not in (0, VIRTUAL_COUNT, sample.count):
         found.append(f"{reference.where} has {reference.count} images and {sample.where} {sample.count}: "
                      "reconstruction FID compares the same images before and after.")
+    if difference := different_names(sample.class_names, reference.class_names, sample.where, reference.where):
+        found.append(f"{difference}: the two may show different classes.")
     if purpose == "generation" and reference.kind == "validation":
         found.append(f"{reference.where} holds validation images: published generation FID is measured against ADM's "
                      "VIRTUAL_imagenet batch of the training set; for reconstructions give --purpose reconstruction.")

@@ -15,13 +15,14 @@ import torch
 
 from evaluations.c2i.classifier import load_all
 from evaluations.c2i.metrics import feature_statistics, frechet_distance
+from utils.class_names import ClassNames, require_same_names
 from utils.classifier import SmallClassifier, load_classifier
 from utils.config import Device, Positive, UserError, parse, run_main
 from utils.crops import to_tensor
 from utils.distributed import setup
 from utils.files import check_exists, check_writable, write_json
 from utils.images import open_images
-from utils.npz import NPZ_ERRORS, array_header, array_keys, read_small
+from utils.npz import NPZ_ERRORS, array_header, array_keys, open_array, read_small
 from utils.untrusted import printable, shortened
 
 
@@ -65,8 +66,11 @@ def judge(classifier: SmallClassifier, images: np.ndarray, labels: np.ndarray, r
             "frechet": frechet_distance(*reference, *feature_statistics(features)), "images": len(images)}
 
 
-def read_samples(path: Path, size: int) -> tuple[np.ndarray, np.ndarray, str]:
-    """Images uint8 [N, size, size, 3], labels [N] and `kind` (or "") of an npz; raises UserError when it holds no such."""
+def read_samples(path: Path, size: int) -> tuple[np.ndarray, np.ndarray, str, ClassNames]:
+    """Images uint8 [N, size, size, 3], labels [N], `kind` (or "") and class names of an npz.
+
+    Raises UserError when it holds no such.
+    """
     check_exists(path, "--samples", "an npz of samples")
     try:
         keys = array_keys(path)
@@ -79,7 +83,9 @@ def read_samples(path: Path, size: int) -> tuple[np.ndarray, np.ndarray, str]:
         images, labels = read_small(path, "arr_0", shape, "u"), read_small(path, "arr_1", shape[:1], "iu")
         if images.dtype != np.uint8:
             raise ValueError(f"arr_0 is of type {images.dtype}, not uint8")
-        return images, labels, str(read_small(path, "kind", (), "U")) if "kind" in keys else ""
+        kind = str(read_small(path, "kind", (), "U")) if "kind" in keys else ""
+        names = open_array(path, "class_names") if "class_names" in keys else ()
+        return images, labels, kind, tuple(map(str, names))
     except NPZ_ERRORS as error:
         raise UserError(f"--samples {path} cannot be read ({shortened(error)}): make it again.") from error
 
@@ -93,7 +99,10 @@ def main() -> None:
         raise UserError(f"--out {config.out} is a folder: give the name of a file.")
     check_writable(config.out.parent, "--out")
     classifier = load_classifier(config.classifier).to(device)
-    images, labels = load_all(open_images(config.reference, "--reference"), config.image_size)
+    source = open_images(config.reference, "--reference")
+    images, labels = load_all(source, config.image_size)
+    names, judged_by = classifier.config.class_names, f"--classifier {config.classifier}"
+    require_same_names(source.class_names, names, f"--reference {config.reference}", judged_by)
     # Two disjoint halves: one is the reference of all sets, the other shows what real images score against it.
     half = np.arange(len(images)) % 2 == 0
     features, _ = features_and_votes(classifier, images[half], device)
@@ -101,7 +110,8 @@ def main() -> None:
     results = {"real": judge(classifier, images[~half], labels[~half], reference, device)}
     results["real"]["class_accuracy"] = float((features_and_votes(classifier, images, device)[1] == labels).mean())
     for path in config.samples:
-        samples, wanted, kind = read_samples(path, config.image_size)
+        samples, wanted, kind, sample_names = read_samples(path, config.image_size)
+        require_same_names(sample_names, names, f"--samples {path}", judged_by)
         if kind == "reconstruction" and len(samples) == len(images):
             samples, wanted = samples[~half], wanted[~half]  # not of the images that make the reference
         results[path.stem] = judge(classifier, samples, wanted, reference, device)

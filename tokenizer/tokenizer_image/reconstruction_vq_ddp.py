@@ -117,7 +117,7 @@ def main() -> None:
                        {"kind": "reconstruction", "tokenizer": config.vq_ckpt, "streams": config.streams},
                        processes, start_over=True)
     figures = run_share(config, tokenizer, dataset, store, processes)
-    store.finish(arr_1=source.labels, kind=np.array("reconstruction"))
+    store.finish(source.class_names, arr_1=source.labels, kind=np.array("reconstruction"))
     if processes.is_main:
         write_json(config.out.with_suffix(".json"), figures)
         for name, value in figures.items():

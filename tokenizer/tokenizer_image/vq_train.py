@@ -38,11 +38,10 @@ from tokenizer.tokenizer_image.vq_loss import PROCEDURES, RECIPES, LossWeights, 
 from tokenizer.tokenizer_image.vq_model import TokenizerProvenance, VQConfig, VQModel, build_tokenizer
 from tokenizer.tokenizer_image.vq_options import FIXED_OPTIONS, VQTrainConfig, recipe
 from utils.batches import GlobalBatches, StepPlan, plan_steps
-from utils.checkpoint import RunRecord, export, fingerprint, load_weights, read_export
+from utils.checkpoint import RunRecord, export, fingerprint, load_weights, read_export, read_initial
 from utils.config import UserError, parse, require_multiple, run_main, to_dict
 from utils.distributed import Processes, average_gradients, setup
 from utils.ema import EMA
-from utils.files import check_writable
 from utils.image_dataset import ImageDataset, train_loader
 from utils.images import open_images
 from utils.optim import clip_gradients, initialise_optimizer, learning_rate, set_learning_rate, uses_bf16
@@ -117,8 +116,8 @@ def autoencoder_loss(model: VQModel, loss: TokenizerLoss, images: Tensor, config
     return total, terms, reconstructions, quantized
 
 
-def build_model(config: VQTrainConfig) -> VQModel:
-    """The tokenizer, started from --init-from where given; raises UserError for options that do not fit each other."""
+def build_model(config: VQTrainConfig, initial: dict[str, Tensor]) -> VQModel:
+    """The tokenizer, with the weights of --init-from where there are any; raises UserError for options that do not fit."""
     options, quantizer = config.tokenizer, config.tokenizer.quantizer
     if quantizer == "auto":
         quantizer = "single" if config.stage == "single" else "dual"
@@ -134,9 +133,8 @@ def build_model(config: VQTrainConfig) -> VQModel:
                             beta=options.beta)
     require_multiple("--image-size", config.images.image_size, model.config.downsampling,
                      f"the downsampling of {options.vq_model}")
-    if config.init_from:
-        _, tensors = read_export(config.init_from, "tokenizer", "--init-from")
-        load_weights(model, tensors, f"--init-from {config.init_from}")
+    if initial:
+        load_weights(model, initial, f"--init-from {config.init_from}")
     elif config.stage == "dual":
         raise UserError("--stage dual starts from stage 1's result: give it as --init-from RUN_DIR.")
     return model
@@ -210,9 +208,9 @@ class TokenizerState(TrainState):
             self.usage.reset()
 
 
-def set_up(config: VQTrainConfig, processes: Processes) -> TokenizerState:
-    """Model, losses and optimizers before the first step."""
-    model, options = build_model(config), config.optim
+def set_up(config: VQTrainConfig, initial: dict[str, Tensor], processes: Processes) -> TokenizerState:
+    """Model, losses and optimizers before the first step; initial: weights to start from, or none."""
+    model, options = build_model(config, initial), config.optim
     loss = build_loss(config, processes.device)
     model.to(processes.device).to(memory_format=torch.channels_last)
     if config.stage == "semantic":
@@ -307,13 +305,13 @@ def export_tokenizer(training: TokenizerState, config: VQTrainConfig, run: Run, 
 
 def train(config: VQTrainConfig, processes: Processes) -> None:
     """Train one stage to its end, resuming where an earlier run of the same folder stopped."""
-    check_writable(config.run.run_dir, "--run-dir")
-    set_up_logging(processes, config.run.run_dir / "log.txt")
+    set_up_logging(processes)
     training_set, evaluation_set = open_datasets(config)
     plan = plan_steps(config.batch, len(training_set), processes.world_size)
-    training = set_up(config, processes)
-    record = RunRecord("tokenizer", model=to_dict(training.model.config) | {"stage": config.stage}, defaults=to_dict(VQConfig()),
-                       options=to_dict(config), fixed=FIXED_OPTIONS)
+    initial, begun_from = read_initial(config.init_from, "tokenizer")
+    training = set_up(config, initial, processes)
+    record = RunRecord("tokenizer", model=to_dict(training.model.config) | {"stage": config.stage} | begun_from,
+                       defaults=to_dict(VQConfig()) | begun_from, options=to_dict(config), fixed=FIXED_OPTIONS)
     run = Run(config.run, record, processes, plan.total_steps)
     first_step = run.resume(training)
     if first_step == 0 and config.codebook.codebook_init != "uniform":

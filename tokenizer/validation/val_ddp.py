@@ -60,7 +60,7 @@ def main() -> None:
         source = source.subset(config.limit)
     shape = (len(source), size, size, 3)
     identity = {"kind": "validation", "data_path": config.images.data_path, "image_size": size, "limit": config.limit,
-                "labels_crc32": zlib.crc32(source.labels.tobytes())}
+                "images_checksum": source.checksum, "class_names_crc32": zlib.crc32("\0".join(source.class_names).encode())}
     if already_finished(config.out, shape, identity):
         if processes.is_main:
             print(f"{config.out} is there already, made by these options")
@@ -68,7 +68,7 @@ def main() -> None:
         return
     store = ImageStore(config.out, shape, identity, processes)
     write_rows(source, store, store.share(), config.images, progress=processes.is_main)
-    count = store.finish(arr_1=source.labels, kind=np.array("validation"))
+    count = store.finish(source.class_names, arr_1=source.labels, kind=np.array("validation"))
     if processes.is_main:
         left_out = f", {len(source) - count} unreadable left out" if count < len(source) else ""
         print(f"{config.out}: {count} images of {source.num_classes} classes, {size}x{size}{left_out}")
