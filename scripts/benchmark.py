@@ -192,7 +192,7 @@ def benchmark_evaluate(config: BenchmarkConfig, device: torch.device) -> dict[st
 def benchmark_checkpoint(config: BenchmarkConfig, gpt: GPT, processes: Processes) -> dict[str, float]:
     """Seconds that a sharded training waits: for a whole checkpoint, and for one that is written beside it."""
     model = parallelize(gpt, gpt.blocks, "fsdp", processes, bf16=False)
-    training = TrainState(model, make_optimizer(model, OptimOptions(), fused=False), None)
+    training = TrainState(model, make_optimizer(model, OptimOptions()), None)
     with TemporaryDirectory() as folder:
         places = [folder]
         dist.broadcast_object_list(places)

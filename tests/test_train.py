@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -160,7 +161,33 @@ def test_a_non_finite_step_is_left_out(codes, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(train_c2i, "objective", poisoned)
     call(train_c2i.main, *gpt_options(codes, tmp_path / "run", data_parallel="none"))
     assert all(torch.isfinite(p).all() for p in load_gpt(tmp_path / "run").parameters())
-    assert "step left out" in (tmp_path / "run" / "log.txt").read_text()
+    assert "up to step 3: gradients of the model that are not finite, 1 steps left out" in (
+        tmp_path / "run" / "log.txt").read_text()
+
+
+def test_ten_bad_steps_in_a_row_end_a_run(codes, tmp_path, monkeypatch, capsys):
+    """Nothing but bad gradients: one sentence at the next line of the log, and the weights are those of the start."""
+    original, before = train_c2i.objective, []
+
+    def poisoned(logits, target, options):
+        loss, parts = original(logits, target, options)
+        return loss * float("nan"), parts
+
+    def kept(*arguments):
+        before.extend(built := set_up(*arguments))
+        return built
+
+    set_up = train_c2i.set_up
+    monkeypatch.setattr(train_c2i, "set_up", kept)
+    monkeypatch.setattr(train_c2i, "objective", poisoned)
+    with pytest.raises(SystemExit):
+        call(train_c2i.main, *gpt_options(codes, tmp_path / "run", steps=20, data_parallel="none", ema_decay=0.9, log_every=12))
+    assert "12 steps in a row up to 12 had gradients of the model that are not finite" in capsys.readouterr().err
+    gpt, training = before
+    torch.manual_seed(0)
+    start = type(gpt)(gpt.config)
+    for now, average, then in zip(gpt.parameters(), training.ema.averages.values(), start.parameters(), strict=True):
+        assert torch.equal(now, then) and torch.equal(average, then)
 
 
 def test_recipes_are_table_11_and_typed_flags_win():
@@ -210,7 +237,7 @@ def test_models_are_kept_by_epoch(codes, tmp_path):
 
 def test_biases_and_norms_do_not_decay(gpt):
     """As in the released DDP trainer; its FSDP trainer decays them too."""
-    decayed, kept = train_c2i.make_optimizer(gpt, OptimOptions(weight_decay=0.05), fused=False).param_groups
+    decayed, kept = train_c2i.make_optimizer(gpt, OptimOptions(weight_decay=0.05)).param_groups
     assert {p.ndim for p in kept["params"]} == {1} and kept["weight_decay"] == 0 and decayed["weight_decay"] == 0.05
     assert sum(p.numel() for group in (decayed, kept) for p in group["params"]) == sum(p.numel() for p in gpt.parameters())
 
@@ -251,9 +278,24 @@ def test_dry_run_prints_and_starts_nothing(tmp_path, capsys):
     """One looks before one reserves 32 GPUs."""
     call(train_c2i.main, "--gpt-model", "GPT-XXL", "--run-dir", tmp_path / "run", "--code-path", "nowhere", "--dry-run")
     printed = capsys.readouterr().out
-    assert "1,570,110,336" in printed
-    assert "lr_schedule                cosine" in printed and "GiB" in printed
+    assert "1,570,110,336" in printed and "250,200 of 256 images" in printed
+    assert "lr_schedule                cosine" in printed and "give --device-memory" in printed
     assert not (tmp_path / "run").exists()
+    call(train_c2i.main, "--gpt-model", "GPT-XXL", "--image-size", 384, "--code-path", "nowhere", "--dry-run",
+         "--device-memory", 80, "--world-size", 8, "--peak-tflops", 500)
+    printed = capsys.readouterr().out
+    assert "16 x 4 on each of 8 processes, fsdp, bf16" in printed and "; fits a device of 80 GiB" in printed
+    assert "40% of the 500 TFLOP/s of this device" in printed
+
+
+def test_a_dry_run_refuses_the_codes_that_training_refuses(codes, tmp_path, capsys):
+    """It looks at them as training does, and counts their images."""
+    options = gpt_options(codes, tmp_path / "run", epochs=2)
+    call(train_c2i.main, *options, "--dry-run")
+    assert "6 an epoch of 48 images" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        call(train_c2i.main, *gpt_options(codes, tmp_path / "run", num_classes=7), "--dry-run")
+    assert "--num-classes says 7" in capsys.readouterr().err
 
 
 def vq_options(images: Path, run_dir: Path, stage: str, steps: int = 6, *extra) -> list:
@@ -319,10 +361,11 @@ def test_the_discriminators_loss_bears_the_weight_under_the_released_recipe(stag
         def noted(step, groups, *rest, name=name):
             if step == "discriminator":
                 norms[name] = torch.stack([p.grad.norm() for p in groups[0]]).norm().item()
-            return True, torch.zeros(())
+            return torch.zeros(())
 
         monkeypatch.setattr(vq_train, "optimizer_step", noted)
-        run = SimpleNamespace(processes=training.processes, metrics=SimpleNamespace(add=lambda metrics: None))
+        run = SimpleNamespace(processes=training.processes, metrics=SimpleNamespace(add=lambda metrics: None),
+                              timed=lambda what: nullcontext())
         plan = plan_steps(config.batch, 24, 1)
         vq_train.train_step(training, iter([(images,)]), plan, config, run, 0)
     assert norms["released"] == pytest.approx(0.5 * norms["paper"], rel=1e-4) and norms["paper"] > 0
@@ -352,17 +395,21 @@ def test_the_released_tokenizer_trains_as_long_as_its_file(stage_one):
 
 
 def test_a_non_finite_step_of_the_tokenizer_does_not_reach_the_average(stage_one, tmp_path, monkeypatch):
-    """Both trainers leave a bad step out of weights, moments and averages alike."""
-    updates, original = [], vq_train.autoencoder_loss
+    """Both trainers leave a bad step out of weights and moments; the average follows weights that have not moved."""
+    original, seen = vq_train.autoencoder_loss, []
 
     def poisoned(*args):
         total, *rest = original(*args)
         return (total * float("nan") if args[-1] == 1 else total, *rest)
 
+    update = EMA.update
     monkeypatch.setattr(vq_train, "autoencoder_loss", poisoned)
-    monkeypatch.setattr(EMA, "update", lambda self, step: updates.append(step))
+    monkeypatch.setattr(EMA, "update", lambda self, step: (seen.append([p.detach().clone() for p in self.parameters.values()]),
+                                                           update(self, step)))
     call(vq_train.main, *vq_options(stage_one[0], tmp_path / "run", "semantic", 3))
-    assert updates == [0, 2]
+    first, second, third = ([torch.equal(a, b) for a, b in zip(seen[0], each)] for each in seen)
+    assert all(first) and all(second) and not all(third)
+    assert all(torch.isfinite(p).all() for p in load_tokenizer(tmp_path / "run").parameters())
 
 
 def test_tokenizer_training_in_two_processes_equals_one(stage_one, tmp_path):
@@ -414,7 +461,7 @@ def test_revival_counts_survive_a_checkpoint_of_two_processes(stage_one, tmp_pat
 def test_sharding_compile_and_activation_checkpointing_work_together(codes, tmp_path, reference):
     """The three are used together on the large models; each wraps the layers."""
     options = gpt_options(codes, tmp_path / "run", steps=3, data_parallel="fsdp", ema_decay=0.9)
-    command(TRAIN, *options, "--compile", "--activation-checkpointing", processes=2)
+    command(TRAIN, *options, "--compile", "on", "--activation-checkpointing", processes=2)
     seen = losses(tmp_path / "run")
     assert seen == pytest.approx({step: reference[step] for step in (1, 2, 3)}, abs=1e-4)
 

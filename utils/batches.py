@@ -23,7 +23,7 @@ class BatchOptions:
     steps: Count = 0
     """Optimizer steps; 0: from --epochs."""
     micro_batch_size: Count = 0
-    """Images a process takes at once; 0: its whole share (no gradient accumulation)."""
+    """Images a process takes at once; 0: its whole share, or for a GPT on a GPU the largest part of it that fits the memory."""
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,11 @@ def setup(device: str = "auto") -> Processes:
     return Processes(rank, world_size, local_rank, target)
 
 
+def nodes() -> int:
+    """Nodes that torchrun has started processes on; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def shard_group(shard_size: int) -> int:
     """Processes that share one copy under hsdp: `shard_size`, or for 0 those of this node."""
     return shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -114,7 +119,9 @@ def parallelize(model: nn.Module, blocks: list[nn.Module], mode: str, processes:
                             "models: use ddp, fsdp or hsdp, or start one process.")
         return model
     if mode == "ddp":
-        return DistributedDataParallel(model, device_ids=[processes.device] if processes.device.type == "cuda" else None)
+        # Buffers are constants that all processes built alike; gradients live in the buckets that are exchanged.
+        return DistributedDataParallel(model, device_ids=[processes.device] if processes.device.type == "cuda" else None,
+                                       broadcast_buffers=False, gradient_as_bucket_view=True)
     if mode == "fsdp":
         mesh = init_device_mesh(processes.device.type, (world_size,), mesh_dim_names=("shard",))
     else:

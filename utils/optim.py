@@ -70,11 +70,23 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     return full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))
 
 
+def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+    """Move the weights unless the norm of the gradients is not finite.
+
+    The device decides by itself, so that the host does not wait for it.  Weights and moments stay as they are in a step that is
+    left out.
+    """
+    for group in optimizer.param_groups:  # only a fused step can be left out; a checkpoint from before may say otherwise
+        group |= {"fused": True, "foreach": False}
+    fused: Any = optimizer  # the fields by which torch's own gradient scaler does the same
+    fused.grad_scale, fused.found_inf = None, (~torch.isfinite(norm)).float()
+    optimizer.step()
+
+
 def initialise_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Create Adam's zero moments now instead of at the first step, so that a checkpoint can be loaded into them."""
     for group in optimizer.param_groups:
-        on_device = group.get("fused") or group.get("capturable")
         for parameter in group["params"]:
             optimizer.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device if on_device else "cpu"),
+                "step": torch.zeros((), device=parameter.device),  # where fused optimizers keep it
                 "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}

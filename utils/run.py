@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from utils.train_state import TrainState
 from utils.untrusted import parse_json, printable, read_text, shortened
 
 log = logging.getLogger("run")
+
+_BAD_ROW = 10  # steps without finite gradients after which a run ends
 
 
 @dataclass
@@ -94,6 +97,20 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
+@dataclass(frozen=True)
+class Work:
+    """What training on one image means: tokens (codes), flops of forward and backward pass, and what all devices can do."""
+
+    tokens: int
+    flops: float
+    peak: float | None  # flops a second of all devices together; None where unknown
+
+    def rates(self, images_per_second: float) -> dict[str, float]:
+        """Figures for the log: tokens a second, and the fraction of the devices' products that the model uses (MFU)."""
+        mfu = {"mfu": self.flops * images_per_second / self.peak} if self.peak else {}
+        return {"tokens_per_second": self.tokens * images_per_second} | mfu
+
+
 class MeanMetrics:
     """Running means kept on the device and read once every `log_every` steps."""
 
@@ -133,8 +150,9 @@ class MeanMetrics:
 class Run:
     """One training run: its folder, resuming, checkpoints, logs, which step logs or saves, and how it ends when asked to."""
 
-    def __init__(self, options: RunOptions, record: RunRecord, processes: Processes, total_steps: int) -> None:
-        """Create the folder and its log; raises UserError when it cannot be written."""
+    def __init__(self, options: RunOptions, record: RunRecord, processes: Processes, total_steps: int,
+                 work: Work | None = None) -> None:
+        """Create the folder and its log; work: for the rates in it.  Raises UserError when it cannot be written."""
         self.options, self.record, self.processes, self.total_steps = options, record, processes, total_steps
         self.folder = check_writable(options.run_dir, "--run-dir")
         if processes.is_main:
@@ -145,7 +163,11 @@ class Run:
         self.stop, self.leaving, self.saved_at = StopRequest(), 0, time.monotonic()
         self.writer = SummaryWriter(str(self.folder / "tensorboard")) if processes.is_main else None
         self.started, self.first_step, self.logged = time.perf_counter(), 0, 0
-        self.bad_steps: dict[str, int] = {}
+        # Since the last log line: seconds by what was done beside steps; of every network the steps left out [3], in all, in the
+        # present row, in the longest row.
+        self.seconds: dict[str, float] = {}
+        self.bad_steps: dict[str, Tensor] = {}
+        self.work = work
         self.loss_range: tuple[float, float] | None = None  # first and lowest
 
     def resume(self, training: TrainState) -> int:
@@ -186,21 +208,36 @@ class Run:
                 self.checkpoints.poll()
             self.checkpoints.finish()
 
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Count the seconds of the block as those of `what` ("data", "evaluation", "checkpoint") in the log."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
+
     def after_step(self, step: int, images: int, **values: float) -> None:
-        """Log averaged metrics when due; images: global batch size, for the rate; values: plain numbers such as lr."""
+        """Log averaged metrics when due; images: global batch size, for the rates; values: plain numbers such as lr.
+
+        Rates leave out what was not training: evaluations and checkpoints.
+        """
         done = step + 1
         if done % self.options.log_every and done != self.total_steps:
             return
-        means = self.metrics.read(self.processes)
-        seconds = time.perf_counter() - self.started
-        self.started = time.perf_counter()
+        means = self.metrics.read(self.processes)  # waits for the accelerator
+        seconds = time.perf_counter() - self.started - sum(self.seconds.get(what, 0.0) for what in ("evaluation", "checkpoint"))
         # After a resume the first rate is of the steps since then.
         steps, self.logged = done - max(self.logged, self.first_step), done
-        scalars = means | values | {"images_per_second": images * steps / seconds}
+        rate = images * steps / seconds
+        scalars = means | values | {"images_per_second": rate} | (self.work.rates(rate) if self.work else {})
+        scalars |= {f"seconds_{what}": spent for what, spent in self.seconds.items()}
+        self.started, self.seconds = time.perf_counter(), {}
         if self.processes.device.type == "cuda":
             scalars["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.processes.device) / 2**30
         self.write(done, scalars)
         log.info("step %d of %d: %s", done, self.total_steps, figures_text(scalars))
+        self._watch_gradients(done)
         self._watch_loss(done, means.get("loss", means.get("total", 0.0)))
 
     def _watch_loss(self, step: int, loss: float) -> None:
@@ -255,7 +292,8 @@ class Run:
 
     def checkpoint(self, step: int, training: TrainState) -> None:
         """Save `training` as it is after `step`; leaves the process, with the checkpoint whole, where it was asked to stop."""
-        self.checkpoints.save(step + 1, training.state_dict(), self.keep, self.metrics.state(self.processes))
+        with self.timed("checkpoint"):
+            self.checkpoints.save(step + 1, training.state_dict(), self.keep, self.metrics.state(self.processes))
         self.saved_at = time.monotonic()
         if self.leaving and step + 1 < self.total_steps:
             self.checkpoints.finish()
@@ -277,18 +315,23 @@ class Run:
         """True for a finished training that was killed between its last checkpoint and the export of the model."""
         return self.first_step >= self.total_steps and exported_step(self.folder, self.record.kind) < self.total_steps
 
-    def require_finite(self, norm: Tensor, step: int, name: str = "model") -> bool:
-        """False when the gradient norm is not finite: the step must be left out; raises UserError after ten in a row."""
-        if torch.isfinite(norm):
-            self.bad_steps[name] = 0
-            return True
-        self.bad_steps[name] = self.bad_steps.get(name, 0) + 1
-        log.warning("step %d: gradient norm of the %s is %s, step left out (%d in a row)", step, name, norm.item(),
-                    self.bad_steps[name])
-        if self.bad_steps[name] >= 10:
-            raise UserError(f"ten steps in a row up to {step} had non-finite gradients of the {name}: lower --lr, or use "
-                            "--mixed-precision none.")
-        return False
+    def watch_gradient(self, norm: Tensor, name: str = "model") -> None:
+        """Count the steps that `step_if_finite` leaves out, on the device; the log tells them."""
+        bad = ~torch.isfinite(norm.detach())
+        left_out, row, longest = self.bad_steps.get(name, torch.zeros(3, device=norm.device)).unbind()
+        row = (row + 1) * bad
+        self.bad_steps[name] = torch.stack([left_out + bad, row, torch.maximum(longest, row)])
+
+    def _watch_gradients(self, step: int) -> None:
+        """Warn of steps left out since the last log line; raises UserError where ten in a row were."""
+        for name, counts in self.bad_steps.items():
+            left_out, row, longest = (int(count) for count in counts.tolist())
+            if left_out:
+                log.warning("up to step %d: gradients of the %s that are not finite, %d steps left out", step, name, left_out)
+            if longest >= _BAD_ROW:
+                raise UserError(f"{longest} steps in a row up to {step} had gradients of the {name} that are not finite: lower "
+                                "--lr, or use --mixed-precision none.")
+            self.bad_steps[name] = torch.tensor([0.0, row, row], device=counts.device)
 
     def close(self) -> None:
         """Flush what is pending."""

@@ -1,45 +1,77 @@
-"""What a training would need, before anything is reserved: `train_c2i.py --dry-run`."""
+"""What a training would be, before anything is reserved: `train_c2i.py --dry-run`."""
 
-import torch
+from typing import Any
 
-from autoregressive.models.gpt import GPT
-from autoregressive.train.options import TrainConfig, gpt_config, known_codes
-from utils.batches import split_batch
+from autoregressive.models.transformer import GPTConfig
+from autoregressive.train.estimate import Footprint, fitted, measure, memory, usable
+from autoregressive.train.options import TrainConfig, check_codes, gpt_config, known_codes, mapped_header
+from utils.batches import StepPlan, plan_steps
 from utils.config import flatten, to_dict
-from utils.distributed import Processes, shard_group
+from utils.devices import memory_bytes, peak_flops
+from utils.distributed import Processes
 from utils.optim import uses_bf16
 
+IMAGENET = 1_281_167  # training images, where there are no codes yet
+UTILISATION = 0.4     # of a device's peak, assumed for the hours
 
-def activation_bytes(gpt: GPT, images: int, checkpointing: bool, width: int) -> float:
-    """Bytes kept for the backward pass of `images` grids; width: bytes of an activation.
 
-    In multiples of D a token and layer: 2 norms, q, k, v, attention output and residuals take about 10, SwiGLU 4 x 2.7;
-    head layers hold C + 1 slots a cell.  Checkpointing keeps the input of a layer alone.
-    """
-    config, head = gpt.config, getattr(gpt.paradigm, "head", None)
-    head_positions = 0 if head is None else config.cells * head.slots * config.head_layers
-    positions = len(gpt.rotary) * config.n_layer + head_positions
-    multiple = 1 if checkpointing else 21
-    logits = config.cells * sum(config.codebook_sizes) * (width + 4)
-    return images * (positions * multiple * config.dim * width + logits)
+def count_images(config: TrainConfig, model: GPTConfig) -> int:
+    """Images of the codes, once they are checked as training does; ImageNet's where there are no codes."""
+    if not all((folder / "header.json").exists() for folder in config.codes.code_path):
+        return IMAGENET
+    header, _ = mapped_header(config.codes)
+    check_codes(config, model, header)
+    return header.images
+
+
+def memory_row(config: TrainConfig, footprint: Footprint, world_size: int, device_bytes: float | None, bf16: bool) -> str:
+    """The estimated memory of a device in words."""
+    need = memory(footprint, config, world_size, bf16)
+    parts = {"weights and optimizer": need.states, "copies": need.copies, "activations": need.activations}
+    text = f"{need.total / 2**30:.1f} GiB: " + ", ".join(f"{name} {part / 2**30:.1f}" for name, part in parts.items())
+    if device_bytes is None:
+        return f"{text} (give --device-memory GIB for the micro-batch that fits)"
+    fits = "fits" if need.total <= usable(device_bytes) else "does NOT fit"
+    return f"{text}; {fits} a device of {device_bytes / 2**30:.0f} GiB"
+
+
+def compute_row(config: TrainConfig, footprint: Footprint, plan: StepPlan, peak: float | None) -> str:
+    """Flops and GPU-hours in words."""
+    passes = 4 if config.parallel.activation_checkpointing else 3  # forward, twice that backward, recomputation
+    total = footprint.flops * passes * plan.global_batch * plan.total_steps
+    rate, device = (peak, "this device") if peak else (989e12, "an H100")
+    return (f"{3 * footprint.flops / 1e12:.2f} TFLOP an image; {total / rate / UTILISATION / 3600:,.0f} device-hours at "
+            f"{UTILISATION:.0%} of the {rate / 1e12:.0f} TFLOP/s of {device}")
 
 
 def print_dry_run(config: TrainConfig, processes: Processes) -> None:
-    """Resolved options, parameter count and an estimate of memory per device."""
-    with torch.device("meta"):
-        gpt = GPT(gpt_config(config.gpt, *known_codes(config)))
-    parameters = sum(p.numel() for p in gpt.parameters())
-    micro, accumulation = split_batch(config.batch, processes.world_size)
-    shards = {"fsdp": processes.world_size, "hsdp": shard_group(config.parallel.shard_size)}.get(config.parallel.data_parallel, 1)
-    # float32 weights, gradients and two moments, and the average where kept; gradients of accumulated micro-batches
-    # stay whole under FSDP.
-    states = parameters * 4 * (4 + bool(config.optim.ema_decay)) / shards
-    states += parameters * 4 * (shards > 1 and accumulation > 1)
-    width = 2 if uses_bf16(config.optim.mixed_precision, processes.device) else 4
-    activations = activation_bytes(gpt, micro, config.parallel.activation_checkpointing, width)
+    """Model, steps, memory and time of a training, and the options that are not --help's defaults."""
+    world_size = config.devices.world_size or processes.world_size
+    device_bytes = memory_bytes(processes.device, config.devices.device_memory)
+    # A named amount of memory means a GPU, also where this machine has none.
+    bf16 = uses_bf16(config.optim.mixed_precision, processes.device) or (
+        config.optim.mixed_precision == "auto" and config.devices.device_memory > 0)
+    model = gpt_config(config.gpt, *known_codes(config))
+    images, footprint = count_images(config, model), measure(model, bf16)
+    if device_bytes is not None:
+        config = fitted(config, footprint, world_size, device_bytes, bf16)
+    plan = plan_steps(config.batch, images, world_size)
+    rows: dict[str, Any] = {
+        "model": f"{config.gpt.gpt_model}, {model.paradigm}, codebooks {' + '.join(map(str, model.codebook_sizes))}, grid "
+                 f"{model.grid_size}x{model.grid_size}, {model.num_classes} classes",
+        "parameters": f"{footprint.parameters:,}",
+        "steps": f"{plan.total_steps:,} of {plan.global_batch} images, {plan.steps_per_epoch:,} an epoch of {images:,} images",
+        "micro-batch": f"{plan.micro_batch} x {plan.accumulation} on each of {world_size} processes, "
+                       f"{config.parallel.data_parallel}, {'bf16' if bf16 else 'float32'}"
+                       f"{', layers recomputed' if config.parallel.activation_checkpointing else ''}",
+        "memory of a device": memory_row(config, footprint, world_size, device_bytes, bf16),
+        "checkpoint": f"{footprint.parameters * 4 * (3 + bool(config.optim.ema_decay)) / 2**30:.1f} GiB, "
+                      f"{config.run.keep_checkpoints} kept",
+        "compute": compute_row(config, footprint, plan, peak_flops(processes.device, config.devices.peak_tflops)),
+    }
+    for name, value in rows.items():
+        print(f"{name:22} {value}")
+    print("options:")
     for name, value in flatten(to_dict(config)).items():
-        print(f"  {name:26} {value}")
-    print(f"parameters                   {parameters:,}")
-    print(f"micro-batch x accumulation   {micro} x {accumulation} on {processes.world_size} processes")
-    print(f"estimated memory per device  {(states + activations) / 2**30:.1f} GiB "
-          f"({states / 2**30:.1f} weights and optimizer, {activations / 2**30:.1f} activations)")
+        if value not in ("", 0, [], False, None):
+            print(f"  {name:26} {value}")

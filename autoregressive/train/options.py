@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
+
 from autoregressive.models.gpt import GPT_models
 from autoregressive.models.guidance import ATTENTION_WEIGHT
 from autoregressive.models.losses import ObjectiveOptions
@@ -12,7 +14,8 @@ from autoregressive.models.transformer import GPTConfig
 from utils.batches import BatchOptions
 from utils.code_map import CodeMap, load_code_map
 from utils.code_shards import CodeHeader, read_joint_header, require_fit
-from utils.config import Count, Fraction, Positive, Probability, UserError, Values, choices, flag, require_multiple
+from utils.config import Count, Fraction, NonNegative, Positive, Probability, UserError, Values, choices, flag, require_multiple
+from utils.distributed import nodes
 from utils.optim import OptimOptions, typed_schedule
 from utils.run import RunOptions
 
@@ -75,14 +78,33 @@ class ParallelOptions:
     shard_size: Count = 0
     """hsdp: processes of a shard group; 0: those of a node."""
     activation_checkpointing: bool = False
-    """Recompute every layer in the backward pass: less memory, a third more arithmetic."""
-    compile: bool = False
-    """torch.compile every layer."""
+    """Recompute every layer in the backward pass: less memory, a third more arithmetic.  On a GPU this is chosen where nothing
+    else fits and --micro-batch-size is 0."""
+    compile: Annotated[str, choices(("auto", "on", "off"))] = "auto"
+    """torch.compile every layer; auto: on GPUs."""
+
+    def compiles(self, device: torch.device) -> bool:
+        """Whether layers are compiled on a device."""
+        return self.compile == "on" or (self.compile == "auto" and device.type == "cuda")
 
     @property
     def sharded(self) -> bool:
         """Whether parameters are sharded; FSDP2 then casts to bf16 itself."""
         return self.data_parallel in ("fsdp", "hsdp")
+
+
+@dataclass
+class DeviceOptions:
+    """The devices that a training is planned for, and a look at the plan."""
+
+    device_memory: NonNegative = 0.0
+    """GiB of a device; 0: what this machine's GPU has.  --micro-batch-size 0 takes the largest share that fits it."""
+    peak_tflops: NonNegative = 0.0
+    """Dense bf16 TFLOP/s of a device, for the utilisation in the log; 0: from a table of GPUs."""
+    world_size: Count = 0
+    """Dry run: processes to plan for; 0: those that were started."""
+    dry_run: bool = False
+    """Print model, steps, memory, time and the options that differ from --help's, and exit."""
 
 
 @dataclass
@@ -103,8 +125,7 @@ class TrainConfig:
     """IAR2's learning rates, λ_s and w of the guidance: table 11 and the paper's text, or the released trainers and sampler."""
     init_from: str = ""
     """gpt.safetensors or run folder whose weights start this run, of the same shape; the grid may differ."""
-    dry_run: bool = False
-    """Print the resolved options, parameters and estimated memory, and exit."""
+    devices: DeviceOptions = field(default_factory=DeviceOptions)
 
 
 # Options that must not change on resume.
@@ -171,6 +192,8 @@ def recipe(config: TrainConfig) -> dict[str, Any]:
         row = released(row, size, config.parallel.sharded or size == "GPT-XXL")
     if row:
         defaults |= asdict(row) | {"lr_schedule": "cosine" if row.lr_end else "constant"}
+        if row.data_parallel == "fsdp" and nodes() > 1:  # shards that cross nodes wait for the network at every layer
+            defaults["data_parallel"] = "hsdp"
     return defaults | typed_schedule(config.optim)
 
 

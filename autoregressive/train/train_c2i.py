@@ -1,8 +1,8 @@
 """Train a class-conditional GPT on extracted codes: one loop for one device, DDP, FSDP2 and HSDP.
 
 Paper section 4.3.3 (equation 14) and table 11, whose rows `--gpt-model` and the number of cells select (`options.py`); a
-typed flag wins over the recipe.  Deviation: the gradient norm is read once per step, because a non-finite step must be
-stopped before the optimizer; all other metrics stay on the device until they are logged.
+typed flag wins over the recipe.  No step waits for the device: metrics are read when they are logged, and a step whose gradients
+are not finite is left out on the device itself.
 """
 
 import logging
@@ -23,6 +23,7 @@ from autoregressive.models.guidance import sampling_preset
 from autoregressive.models.losses import objective
 from autoregressive.models.transformer import GPTConfig
 from autoregressive.train.dry_run import print_dry_run
+from autoregressive.train.estimate import fitted, measure
 from autoregressive.train.evaluate_c2i import evaluate, open_held_out
 from autoregressive.train.options import FIXED_OPTIONS, TrainConfig, check_codes, gpt_config, mapped_header, recipe
 from utils.batches import GlobalBatches, StepPlan, plan_steps
@@ -30,22 +31,31 @@ from utils.checkpoint import RunRecord, export, load_weights, read_initial
 from utils.code_map import CodeMap
 from utils.code_shards import CodeDataset, CodeHeader
 from utils.config import parse, run_main, to_dict
+from utils.devices import memory_bytes, peak_flops
 from utils.distributed import Processes, parallelize, setup, synchronize_gradients
 from utils.ema import EMA
-from utils.optim import OptimOptions, clip_gradients, initialise_optimizer, learning_rate, set_learning_rate, uses_bf16
-from utils.run import Run, set_up_logging
+from utils.optim import (
+    OptimOptions,
+    clip_gradients,
+    initialise_optimizer,
+    learning_rate,
+    set_learning_rate,
+    step_if_finite,
+    uses_bf16,
+)
+from utils.run import Run, Work, set_up_logging
 from utils.signals import ignore_in_worker
 from utils.train_state import TrainState
 
 log = logging.getLogger("train_c2i")
 
 
-def make_optimizer(model: nn.Module, options: OptimOptions, fused: bool) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.AdamW:
     """AdamW that decays matrices and embeddings only."""
     parameters = list(model.parameters())
     groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": options.weight_decay},
               {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), fused=fused)
+    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), fused=True)
     initialise_optimizer(optimizer)
     return optimizer
 
@@ -59,12 +69,12 @@ def set_up(config: TrainConfig, model_config: GPTConfig, initial: dict[str, Tens
         load_weights(gpt, initial, f"--init-from {config.init_from}")
     gpt.activation_checkpointing = config.parallel.activation_checkpointing
     gpt.to(processes.device)
-    if config.parallel.compile:
+    if config.parallel.compiles(processes.device):
         for block in gpt.blocks:
             block.compile()
     bf16 = uses_bf16(config.optim.mixed_precision, processes.device)
     model = parallelize(gpt, gpt.blocks, config.parallel.data_parallel, processes, bf16, config.parallel.shard_size)
-    optimizer = make_optimizer(model, config.optim, fused=processes.device.type == "cuda")
+    optimizer = make_optimizer(model, config.optim)
     ema = EMA(gpt, config.optim.ema_decay) if config.optim.ema_decay else None
     return gpt, TrainState(model, optimizer, ema)
 
@@ -80,7 +90,9 @@ def train_step(gpt: GPT, training: TrainState, loader: Iterator[tuple[Tensor, Te
     """One optimizer step over the micro-batches of a global batch (equation 14)."""
     device = run.processes.device
     for micro in range(plan.accumulation):
-        codes, labels = (t.to(device, non_blocking=True) for t in next(loader))
+        with run.timed("data"):
+            batch = next(loader)
+        codes, labels = (t.to(device, non_blocking=True) for t in batch)
         synchronize_gradients(training.model, last=micro == plan.accumulation - 1)
         with autocast(config, device):
             logits = training.model(labels, codes)
@@ -88,10 +100,10 @@ def train_step(gpt: GPT, training: TrainState, loader: Iterator[tuple[Tensor, Te
         (loss / plan.accumulation).backward()
         run.metrics.add(parts)
     norm = clip_gradients(training.model.parameters(), config.optim.max_grad_norm)
-    if run.require_finite(norm, step):
-        training.optimizer.step()
-        if training.ema:
-            training.ema.update(step)
+    run.watch_gradient(norm)
+    step_if_finite(training.optimizer, norm)
+    if training.ema:
+        training.ema.update(step)
     training.optimizer.zero_grad(set_to_none=True)
     run.metrics.add({"gradient_norm": norm})
 
@@ -110,7 +122,7 @@ def evaluate_held_out(gpt: GPT, training: TrainState, held_out: CodeDataset, bat
                       step: int) -> None:
     """Log the likelihood of held-out codes under the averaged (or, without averaging, the present) weights."""
     training.model.eval()
-    with training.averaged(), autocast(config, run.processes.device):
+    with run.timed("evaluation"), training.averaged(), autocast(config, run.processes.device):
         figures = evaluate(gpt, held_out, batch_size, run.processes)
     training.model.train()
     run.write_evaluation(step, figures)
@@ -118,9 +130,20 @@ def evaluate_held_out(gpt: GPT, training: TrainState, held_out: CodeDataset, bat
 
 def export_gpt(training: TrainState, run: Run, step: int, folder: Path) -> None:
     """Write gpt.safetensors into `folder`, averaged weights where averaging is on."""
-    with training.averaged():
+    with run.timed("checkpoint"), training.averaged():
         tensors: dict[str, Any] = get_model_state_dict(training.model)
         export(folder / "gpt.safetensors", "gpt", tensors, run.record.export | {"step": step}, run.processes)
+
+
+def plan_work(config: TrainConfig, model: GPTConfig, processes: Processes) -> tuple[TrainConfig, Work]:
+    """The options with the micro-batch that fits the device, where it is left to us, and what one image costs."""
+    device, devices, bf16 = processes.device, config.devices, uses_bf16(config.optim.mixed_precision, processes.device)
+    footprint, peak = measure(model, bf16), peak_flops(device, devices.peak_tflops)
+    if device_bytes := memory_bytes(device, devices.device_memory):
+        config = fitted(config, footprint, processes.world_size, device_bytes, bf16)
+    # Backward costs twice the forward pass; recomputation does not count as use.
+    return config, Work(len(model.codebook_sizes) * model.grid_size**2, 3 * footprint.flops,
+                        peak and peak * processes.world_size)
 
 
 def train(config: TrainConfig, processes: Processes) -> None:
@@ -128,6 +151,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
     header, code_map = mapped_header(config.codes)
     model_config = gpt_config(config.gpt, tuple(header.codebook_sizes), code_map)
     check_codes(config, model_config, header)
+    config, work = plan_work(config, model_config, processes)
     dataset = CodeDataset(*config.codes.code_path, seed=config.run.seed, transform=code_map.apply if code_map else None)
     plan = plan_steps(config.batch, len(dataset), processes.world_size)
     about, coarse = provenance(config, model_config, header, code_map), {"coarse": code_map.coarse if code_map else ""}
@@ -138,7 +162,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
     record = RunRecord("gpt", model=to_dict(model_config) | data | coarse,
                        defaults=to_dict(GPTConfig()) | data | {"coarse": ""}, options=to_dict(config), fixed=FIXED_OPTIONS,
                        export=to_dict(about) | {"model": to_dict(model_config)})
-    run = Run(config.run, record, processes, plan.total_steps)
+    run = Run(config.run, record, processes, plan.total_steps, work)
     gpt, training = set_up(config, model_config, initial, processes)
     log.info("%s: %.1fM parameters, %d steps of %d images, %s on %d processes", config.gpt.gpt_model,
              sum(p.numel() for p in gpt.parameters()) / 1e6, plan.total_steps, plan.global_batch,
@@ -170,7 +194,7 @@ def main() -> None:
     """Parse options and train."""
     config = parse(TrainConfig, recipe)
     processes = setup(config.run.device)
-    if config.dry_run:
+    if config.devices.dry_run:
         if processes.is_main:
             print_dry_run(config, processes)
     else:

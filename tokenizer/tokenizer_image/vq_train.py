@@ -44,7 +44,7 @@ from utils.distributed import Processes, average_gradients, setup
 from utils.ema import EMA
 from utils.image_dataset import ImageDataset, train_loader
 from utils.images import open_images
-from utils.optim import clip_gradients, initialise_optimizer, learning_rate, set_learning_rate, uses_bf16
+from utils.optim import clip_gradients, initialise_optimizer, learning_rate, set_learning_rate, step_if_finite, uses_bf16
 from utils.run import Run, set_up_logging
 from utils.train_state import TrainState
 
@@ -54,19 +54,19 @@ COLLAPSED = 0.2  # usage of a codebook below which a run is not expected to reco
 INTERLEAVE = 3  # of three joint steps, one also updates the semantic codebook (section 4.2.2)
 
 
-def optimizer_step(name: str, groups: list[list[nn.Parameter]], optimizer: torch.optim.Optimizer, run: Run, step: int,
-                   max_norm: float) -> tuple[bool, Tensor]:
+def optimizer_step(name: str, groups: list[list[nn.Parameter]], optimizer: torch.optim.Optimizer, run: Run,
+                   max_norm: float) -> Tensor:
     """Average, clip (each group to `max_norm`) and apply the gradients that `loss.backward()` has accumulated.
 
-    Returns whether the step was made, which a non-finite one is not, and the norm of all gradients.
+    Returns the norm of all gradients; where it is not finite, the weights stay as they are.
     """
     average_gradients([p for group in groups for p in group], run.processes)
     moved = [[p for p in group if p.grad is not None] for group in groups]
     norm = torch.stack([clip_gradients(group, max_norm) for group in moved if group]).norm()
-    if finite := run.require_finite(norm, step, name):
-        optimizer.step()
+    run.watch_gradient(norm, name)
+    step_if_finite(optimizer, norm)
     optimizer.zero_grad(set_to_none=True)
-    return finite, norm.detach()
+    return norm.detach()
 
 
 def clipping_groups(model: VQModel, recipe_name: str) -> list[list[nn.Parameter]]:
@@ -217,8 +217,8 @@ def set_up(config: VQTrainConfig, initial: dict[str, Tensor], processes: Process
         model.quantizer.codebooks[1].requires_grad_(False)
     betas = options.beta1, options.beta2
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=options.lr, betas=betas, weight_decay=options.weight_decay)
-    disc_optimizer = torch.optim.Adam(loss.discriminator.parameters(), lr=options.lr, betas=betas)
+    optimizer = torch.optim.Adam(trained, lr=options.lr, betas=betas, weight_decay=options.weight_decay, fused=True)
+    disc_optimizer = torch.optim.Adam(loss.discriminator.parameters(), lr=options.lr, betas=betas, fused=True)
     for each in (optimizer, disc_optimizer):
         initialise_optimizer(each)
     usage = CodeUsage(model.config.codebook_sizes, processes.device)
@@ -233,7 +233,9 @@ def train_step(training: TokenizerState, loader: Iterator[tuple[Tensor, Tensor, 
     discriminating = config.loss.disc_weight > 0 and step >= config.loss.disc_start
     bf16 = uses_bf16(config.optim.mixed_precision, device)
     for _ in range(plan.accumulation):
-        images = next(loader)[0].to(device, non_blocking=True, memory_format=torch.channels_last)
+        with run.timed("data"):
+            batch = next(loader)
+        images = batch[0].to(device, non_blocking=True, memory_format=torch.channels_last)
         loss.discriminator.requires_grad_(False)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             total, terms, reconstructions, quantized = autoencoder_loss(training.model, loss, images, config, step)
@@ -249,12 +251,12 @@ def train_step(training: TokenizerState, loader: Iterator[tuple[Tensor, Tensor, 
             terms = terms | disc_terms
         run.metrics.add(terms)
     groups, max_norm = clipping_groups(training.model, config.loss.recipe), config.optim.max_grad_norm
-    finite, norm = optimizer_step("tokenizer", groups, training.optimizer, run, step, max_norm)
-    if finite and training.ema:
+    norm = optimizer_step("tokenizer", groups, training.optimizer, run, max_norm)
+    if training.ema:
         training.ema.update(step)
     run.metrics.add({"gradient_norm": norm})
     if discriminating:
-        optimizer_step("discriminator", [list(loss.discriminator.parameters())], training.disc_optimizer, run, step, max_norm)
+        optimizer_step("discriminator", [list(loss.discriminator.parameters())], training.disc_optimizer, run, max_norm)
 
 
 def revive(training: TokenizerState, dataset: ImageDataset, config: VQTrainConfig, run: Run, step: int) -> None:
@@ -278,7 +280,7 @@ def evaluate(training: TokenizerState, dataset: ImageDataset, plan: StepPlan, co
              step: int) -> dict[str, float]:
     """Whole-set figures and pictures of the averaged (or, without averaging, the present) weights."""
     model, streams = training.model.eval(), trained_streams(config)
-    with training.averaged():
+    with run.timed("evaluation"), training.averaged():
         figures = evaluate_tokenizer(model, dataset, streams, training.loss.perceptual, run.processes, plan.micro_batch,
                                      config.images.num_workers)
         if run.processes.is_main:
@@ -296,7 +298,7 @@ def export_tokenizer(training: TokenizerState, config: VQTrainConfig, run: Run, 
     if config.stage == "semantic":  # stage 2 goes on with it under --recipe released
         export(folder / "discriminator.safetensors", "discriminator", training.loss.discriminator.state_dict(),
                {"step": step}, run.processes)
-    with training.averaged():
+    with run.timed("checkpoint"), training.averaged():
         tensors = training.model.state_dict()
         about = TokenizerProvenance(fingerprint(tensors), config.stage, step, config.images.image_size, figures)
         export(folder / "tokenizer.safetensors", "tokenizer", tensors,

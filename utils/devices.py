@@ -1,0 +1,25 @@
+"""What a device can do and hold, for plans and rates: a table of published figures, and what the driver says."""
+
+import torch
+
+# Dense bf16 TFLOP/s by a part of the device's name, from the makers' data sheets; the first that fits counts.
+PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "GH200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H800": 989.0,
+               "A100": 312.0, "A800": 312.0, "L40S": 362.0, "L40": 181.0, "L4": 121.0, "A10G": 70.0, "A10": 125.0, "A6000": 155.0,
+               "RTX 5090": 209.0, "RTX 4090": 165.0, "RTX 3090": 71.0, "MI300X": 1307.0, "MI250X": 191.0}
+
+
+def peak_flops(device: torch.device, tflops: float = 0.0) -> float | None:
+    """Products and sums in bf16 that a device does in a second at most; tflops: what the user says; None where unknown."""
+    if tflops:
+        return tflops * 1e12
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((each * 1e12 for part, each in PEAK_TFLOPS.items() if part in name), None)
+
+
+def memory_bytes(device: torch.device, gib: float = 0.0) -> float | None:
+    """Memory of a device; gib: what the user says; None for a CPU, which swaps rather than fails."""
+    if gib:
+        return gib * 2**30
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
