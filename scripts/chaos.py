@@ -195,8 +195,8 @@ def kill_once(name: str, task: Task, paths: dict[str, str], out: Path, longest: 
     processes, moment = start(task, paths, out), rng.uniform(0, longest)
     if await_end(processes, moment, GRACE):
         codes = [process.exitcode for process in processes]
-        said = (out / "stderr0").read_text(errors="replace")[-300:]
-        return Kill(name, "none", moment, codes, f"failed by itself: {said}") if any(codes) else None
+        end = (out / "stderr0").read_text(errors="replace")[-300:]
+        return Kill(name, "none", moment, codes, f"failed by itself: {end}") if any(codes) else None
     sent, alone = rng.choice(KILLS[task.processes])
     for process in [rng.choice(processes)] if alone else processes:
         if process.is_alive():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from autoregressive.train import evaluate_c2i, extract_codes_c2i, train_c2i
 from tests.conftest import TINY_VQ, call, command, export_models
@@ -363,3 +364,18 @@ def test_damaged_folders_are_told_before_anything_starts(sound, tmp_path, capsys
     said = refused(capsys, evaluate_c2i.main, "--gpt-ckpt", gpt, "--code-path", codes, "--out", tmp_path / "bits.json")
     assert f"--code-path {codes}" in said and words in said
     assert os.listdir(tmp_path) == ["codes"]
+
+
+def test_a_bf16_encoder_chooses_codes_in_float32(images_folder, tmp_path):
+    """Precision moves latents a little, not the choice among codes: few differ, and the folder is sound."""
+    _, tokenizer = export_models(tmp_path / "models")
+    for name in ("float32", "bf16"):
+        call(extract_codes_c2i.main, "--data-path", images_folder, "--vq-ckpt", tokenizer, "--code-path", tmp_path / name,
+             "--image-size", 32, "--augmentation", "flip", "--num-workers", 0, "--device", "cpu", "--precision", name)
+    exact, rounded = (open_codes(tmp_path / name).codes for name in ("float32", "bf16"))
+    assert 0.9 < (exact == rounded).mean() < 1
+    seen = []
+    model = load_tokenizer(tokenizer)
+    model.quantizer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    model.encode(torch.zeros(1, 3, 32, 32), bf16=True)
+    assert seen == [torch.float32]

@@ -130,7 +130,7 @@ def crop_loader(source: ImageSource, rows: np.ndarray, crop: Callable[[np.ndarra
     """Batches over the given rows, in order: (readable rows [n], their crops uint8 [n, ...] or None, unreadable rows)."""
     workers = min(num_workers, -(-len(rows) // batch_size))
     return DataLoader(CropDataset(source, rows, crop), batch_size, num_workers=workers, collate_fn=collate_crops,
-                      worker_init_fn=ignore_in_worker)
+                      pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_in_worker)
 
 
 def train_loader(dataset: Dataset, batches: GlobalBatches, num_workers: int) -> DataLoader:

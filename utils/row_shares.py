@@ -74,7 +74,8 @@ class _OwnShare:
                 break
             except FileExistsError:  # of another process whose rows meet ours in this range, or of an earlier run
                 continue
-        self.values: BinaryIO = (folder / f"{name}.{number}.values").open("xb", buffering=0)
+        # The name is ours now; values of it without rows are what a kill left of a share that was being removed.
+        self.values: BinaryIO = (folder / f"{name}.{number}.values").open("wb", buffering=0)
         self.name, self.index_bytes, self.values_bytes = name, 0, 0
 
     def append(self, rows: np.ndarray, state: int, values: np.ndarray) -> None:

@@ -6,7 +6,7 @@ ten-crop` stores LlamaGen's ten crops of an image enlarged by `--crop-range`; `f
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,16 +21,19 @@ from torch import Tensor
 from tokenizer.tokenizer_image.vq_model import VQModel, load_tokenizer
 from utils.code_shards import CodeHeader
 from utils.code_writer import CodeWriter
-from utils.config import Device, Positive, UserError, choices, interval, parse, require_multiple, run_main
+from utils.config import Count, Device, UserError, choices, interval, parse, require_multiple, run_main
 from utils.crops import center_crop, flip_crops, ten_crops, to_tensor
 from utils.distributed import Processes, setup
 from utils.files import check_writable
 from utils.image_dataset import ImageOptions, crop_loader
 from utils.images import ImageSource, open_images
+from utils.optim import uses_bf16
 from utils.run import progress, set_up_logging
 
 log = logging.getLogger("extract_codes")
 
+Crops = tuple[np.ndarray, Tensor | None, np.ndarray]             # of `crop_loader`
+EncodedCrops = tuple[np.ndarray, np.ndarray | None, np.ndarray]  # the same with codes instead of crops
 
 CROPS: dict[str, tuple[int, Callable[[np.ndarray, int, float], np.ndarray]]] = {
     # name: (crops, function of (image, size, crop range) -> uint8 [crops, size, size, 3])
@@ -53,8 +56,10 @@ class ExtractConfig:
     """Crops stored of every image: ten, two, or one."""
     crop_range: Annotated[float, interval(float, 1)] = 1.1
     """Ten-crop: enlarge images by this factor before cutting (LlamaGen: 1.1 and 1.05)."""
-    batch_size: Positive = 32
-    """Crops a process encodes at once; at least all of one image."""
+    batch_size: Count = 0
+    """Crops a process encodes at once, at least all of one image; 0: 256 on a GPU, 32 on a CPU."""
+    precision: Annotated[str, choices(("auto", "bf16", "float32"))] = "auto"
+    """Of the encoder; auto: bf16 on GPUs.  Codes are chosen in float32 either way."""
     device: Device = "auto"
     """auto: CUDA where there is any."""
 
@@ -64,11 +69,28 @@ def cut(image: np.ndarray, augmentation: str, size: int, crop_range: float) -> n
     return CROPS[augmentation][1](image, size, crop_range)
 
 
-def encode(tokenizer: VQModel, crops: Tensor, device: torch.device) -> np.ndarray:
-    """uint8 crops [n, crops, H, W, 3] -> codes int64 [n, crops, C, N]."""
-    images = to_tensor(crops.flatten(0, 1)).to(device, memory_format=torch.channels_last)
-    codes = tokenizer.encode(images).flatten(2)                                    # [n crops, C, N]
-    return codes.unflatten(0, crops.shape[:2]).cpu().numpy()
+def encode(tokenizer: VQModel, crops: Tensor, device: torch.device, bf16: bool) -> Tensor:
+    """uint8 crops [n, crops, H, W, 3] -> codes int64 [n, crops, C, N] on the device, which the host does not wait for."""
+    pixels = crops.flatten(0, 1).to(device, non_blocking=True)                     # a quarter of what floats would move
+    images = to_tensor(pixels).contiguous(memory_format=torch.channels_last)
+    return tokenizer.encode(images, bf16).flatten(2).unflatten(0, crops.shape[:2])
+
+
+def encoded(loader: Iterable[Crops], tokenizer: VQModel, device: torch.device, bf16: bool) -> Iterator[EncodedCrops]:
+    """(Readable rows, their codes, unreadable rows) of every batch; a batch is fetched once the next one is on the device."""
+    waiting: tuple[np.ndarray, Tensor | None, np.ndarray] | None = None
+    for readable, crops, unreadable in loader:
+        codes = None if crops is None else encode(tokenizer, crops, device, bf16)
+        if waiting is not None:
+            yield fetched(*waiting)
+        waiting = readable, codes, unreadable
+    if waiting is not None:
+        yield fetched(*waiting)
+
+
+def fetched(readable: np.ndarray, codes: Tensor | None, unreadable: np.ndarray) -> EncodedCrops:
+    """A batch with its codes on the host."""
+    return readable, None if codes is None else codes.cpu().numpy(), unreadable
 
 
 def make_header(config: ExtractConfig, source: ImageSource, tokenizer: VQModel) -> CodeHeader:
@@ -93,18 +115,20 @@ def extract(config: ExtractConfig, processes: Processes) -> None:
     writer = CodeWriter(config.code_path, header, source.labels, processes)
     rows = writer.share()
     crop = partial(cut, augmentation=config.augmentation, size=config.images.image_size, crop_range=config.crop_range)
-    loader = crop_loader(source, rows, crop, max(config.batch_size // header.crops, 1), config.images.num_workers)
+    device, bf16 = processes.device, uses_bf16(config.precision, processes.device)
+    batch_size = config.batch_size or (256 if device.type == "cuda" else 32)
+    loader = crop_loader(source, rows, crop, max(batch_size // header.crops, 1), config.images.num_workers)
     bar = progress(len(rows), "extract", "images", processes)
-    for readable, crops, unreadable in loader:
-        if crops is not None:
-            writer.write(readable, encode(tokenizer, crops, processes.device))
+    for readable, codes, unreadable in encoded(loader, tokenizer, device, bf16):
+        if codes is not None:
+            writer.write(readable, codes)
         writer.mark_unreadable(unreadable)
         bar.update(len(readable) + len(unreadable))
     bar.close()
-    unreadable = writer.finish()
+    left_out = writer.finish()
     log.info("%s: codes of %d images, %d crops each, grid %dx%d, %d classes; %d unreadable images left out",
-             config.code_path, header.images - unreadable, header.crops, header.grid_size, header.grid_size,
-             header.num_classes, unreadable)
+             config.code_path, header.images - left_out, header.crops, header.grid_size, header.grid_size,
+             header.num_classes, left_out)
 
 
 def main() -> None:

@@ -15,10 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its p
 import numpy as np
 import torch
 import torch.nn.functional as F
-from skimage.metrics import structural_similarity
 
 from tokenizer.tokenizer_image.codebook import CodeUsage, warn_of_collapse
-from tokenizer.tokenizer_image.evaluate import psnr, reconstruct, reconstruction_grid
+from tokenizer.tokenizer_image.evaluate import psnr, reconstruct, reconstruction_grid, ssim
 from tokenizer.tokenizer_image.perceptual import PerceptualOptions, build_perceptual
 from tokenizer.tokenizer_image.quantizer import Streams
 from tokenizer.tokenizer_image.vq_model import VQModel, load_tokenizer
@@ -63,11 +62,6 @@ def open_tokenizer(config: ReconstructionConfig, processes: Processes) -> VQMode
     return tokenizer
 
 
-def ssim(real: np.ndarray, fake: np.ndarray, data_range: float) -> float:
-    """Sum over pairs of images uint8 [B, H, W, 3] of their structural similarity, on [0, 1] with scikit-image's window of 7."""
-    return sum(structural_similarity(a, b, channel_axis=-1, data_range=data_range) for a, b in zip(real / 255, fake / 255))
-
-
 def run_share(config: ReconstructionConfig, tokenizer: VQModel, dataset: ImageDataset, store: ImageStore,
               processes: Processes) -> dict[str, Any]:
     """Reconstruct this process's share into the store; returns the figures of all processes together."""
@@ -86,7 +80,7 @@ def run_share(config: ReconstructionConfig, tokenizer: VQModel, dataset: ImageDa
             usage.add(codes)
             sums[0] += psnr(real, fake).sum()
             for place, data_range in ((1, 2.0), (2, 1.0)):
-                sums[place] += ssim(real.cpu().numpy(), fake.cpu().numpy(), data_range)
+                sums[place] += ssim(real, fake, data_range).sum()
             sums[3] += perceptual(images.clamp(-1, 1), decoded.clamp(-1, 1)).sum()
             sums[4] += len(rows)
             bar.update(len(rows))

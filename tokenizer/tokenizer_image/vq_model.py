@@ -232,9 +232,11 @@ class VQModel(nn.Module):
         return self.decode(quantized.latents), quantized
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] -> codes [B, C, h, w] int64."""
-        return self.quantizer(self.latents(images)).codes
+    def encode(self, images: Tensor, bf16: bool = False) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] -> codes [B, C, h, w] int64; bf16: of the network alone, codes are chosen in float32."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            latents = self.latents(images)
+        return self.quantizer(latents.float() if bf16 else latents).codes
 
     def decode(self, latents: Tensor) -> Tensor:
         """Quantized latents [B, d, h, w] -> images [B, 3, H, W]."""
