@@ -471,3 +471,14 @@ def test_sharded_training_in_bf16_stays_close(codes, tmp_path, reference):
     options = gpt_options(codes, tmp_path / "run", steps=3, data_parallel="fsdp", ema_decay=0.9, mixed_precision="bf16")
     command(TRAIN, *options, processes=2)
     assert losses(tmp_path / "run") == pytest.approx({step: reference[step] for step in (1, 2, 3)}, abs=0.02)
+
+
+def test_a_compiled_tokenizer_trains_as_an_eager_one(stage_one, tmp_path, monkeypatch):
+    """Encoder and decoder compiled: the same losses, and a checkpoint that an eager run reads."""
+    original = torch.nn.Module.compile  # inductor would take minutes here; what it is given is the same
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: original(self, backend="aot_eager", fullgraph=True))
+    for name in ("on", "off"):
+        call(vq_train.main, *vq_options(stage_one[0], tmp_path / name, "semantic", 3, "--compile", name))
+    assert losses(tmp_path / "on", "total") == pytest.approx(losses(tmp_path / "off", "total"), rel=1e-3)
+    call(vq_train.main, *vq_options(stage_one[0], tmp_path / "on", "semantic", 4, "--compile", "off"))
+    assert len(losses(tmp_path / "on", "total")) == 4

@@ -1,6 +1,10 @@
-"""What a device can do and hold, for plans and rates: a table of published figures, and what the driver says."""
+"""What a device can do and hold, and what suits it: a table of published figures, what the driver says, and defaults."""
+
+from typing import Annotated
 
 import torch
+
+from utils.config import choices
 
 # Dense bf16 TFLOP/s by a part of the device's name, from the makers' data sheets; the first that fits counts.
 PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "GH200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H800": 989.0,
@@ -23,3 +27,16 @@ def memory_bytes(device: torch.device, gib: float = 0.0) -> float | None:
     if gib:
         return gib * 2**30
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+Compile = Annotated[str, choices(("auto", "on", "off"))]
+
+
+def compiles(option: str, device: torch.device) -> bool:
+    """Whether to compile for a device; auto: on GPUs, where it fuses what would pass through their memory again and again."""
+    return option == "on" or (option == "auto" and device.type == "cuda")
+
+
+def image_layout(device: torch.device) -> torch.memory_format:
+    """How a convolutional network with group norms keeps images: a GPU's group norm would turn channels-last back each time."""
+    return torch.contiguous_format if device.type == "cuda" else torch.channels_last

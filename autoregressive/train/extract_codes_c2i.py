@@ -23,6 +23,7 @@ from utils.code_shards import CodeHeader
 from utils.code_writer import CodeWriter
 from utils.config import Count, Device, UserError, choices, interval, parse, require_multiple, run_main
 from utils.crops import center_crop, flip_crops, ten_crops, to_tensor
+from utils.devices import image_layout
 from utils.distributed import Processes, setup
 from utils.files import check_writable
 from utils.image_dataset import ImageOptions, crop_loader
@@ -72,7 +73,7 @@ def cut(image: np.ndarray, augmentation: str, size: int, crop_range: float) -> n
 def encode(tokenizer: VQModel, crops: Tensor, device: torch.device, bf16: bool) -> Tensor:
     """uint8 crops [n, crops, H, W, 3] -> codes int64 [n, crops, C, N] on the device, which the host does not wait for."""
     pixels = crops.flatten(0, 1).to(device, non_blocking=True)                     # a quarter of what floats would move
-    images = to_tensor(pixels).contiguous(memory_format=torch.channels_last)
+    images = to_tensor(pixels).contiguous(memory_format=image_layout(device))
     return tokenizer.encode(images, bf16).flatten(2).unflatten(0, crops.shape[:2])
 
 
@@ -109,7 +110,7 @@ def make_header(config: ExtractConfig, source: ImageSource, tokenizer: VQModel) 
 def extract(config: ExtractConfig, processes: Processes) -> None:
     """Encode every missing image; finished rows are never done again."""
     source = open_images(config.images.data_path)
-    tokenizer = load_tokenizer(config.vq_ckpt, processes.device).to(memory_format=torch.channels_last)
+    tokenizer = load_tokenizer(config.vq_ckpt, processes.device).to(memory_format=image_layout(processes.device))
     header = make_header(config, source, tokenizer)
     check_writable(config.code_path, "--code-path")
     writer = CodeWriter(config.code_path, header, source.labels, processes)

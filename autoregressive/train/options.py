@@ -4,8 +4,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
-
 from autoregressive.models.gpt import GPT_models
 from autoregressive.models.guidance import ATTENTION_WEIGHT
 from autoregressive.models.losses import ObjectiveOptions
@@ -15,6 +13,7 @@ from utils.batches import BatchOptions
 from utils.code_map import CodeMap, load_code_map
 from utils.code_shards import CodeHeader, read_joint_header, require_fit
 from utils.config import Count, Fraction, NonNegative, Positive, Probability, UserError, Values, choices, flag, require_multiple
+from utils.devices import Compile
 from utils.distributed import nodes
 from utils.optim import OptimOptions, typed_schedule
 from utils.run import RunOptions
@@ -80,12 +79,8 @@ class ParallelOptions:
     activation_checkpointing: bool = False
     """Recompute every layer in the backward pass: less memory, a third more arithmetic.  On a GPU this is chosen where nothing
     else fits and --micro-batch-size is 0."""
-    compile: Annotated[str, choices(("auto", "on", "off"))] = "auto"
+    compile: Compile = "auto"
     """torch.compile every layer; auto: on GPUs."""
-
-    def compiles(self, device: torch.device) -> bool:
-        """Whether layers are compiled on a device."""
-        return self.compile == "on" or (self.compile == "auto" and device.type == "cuda")
 
     @property
     def sharded(self) -> bool:

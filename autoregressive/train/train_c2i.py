@@ -31,7 +31,7 @@ from utils.checkpoint import RunRecord, export, load_weights, read_initial
 from utils.code_map import CodeMap
 from utils.code_shards import CodeDataset, CodeHeader
 from utils.config import parse, run_main, to_dict
-from utils.devices import memory_bytes, peak_flops
+from utils.devices import compiles, memory_bytes, peak_flops
 from utils.distributed import Processes, parallelize, setup, synchronize_gradients
 from utils.ema import EMA
 from utils.optim import (
@@ -69,7 +69,7 @@ def set_up(config: TrainConfig, model_config: GPTConfig, initial: dict[str, Tens
         load_weights(gpt, initial, f"--init-from {config.init_from}")
     gpt.activation_checkpointing = config.parallel.activation_checkpointing
     gpt.to(processes.device)
-    if config.parallel.compiles(processes.device):
+    if compiles(config.parallel.compile, processes.device):
         for block in gpt.blocks:
             block.compile()
     bf16 = uses_bf16(config.optim.mixed_precision, processes.device)

@@ -30,6 +30,7 @@ from tokenizer.tokenizer_image.quantizer import Streams
 from tokenizer.tokenizer_image.vq_model import VQModel, load_tokenizer
 from utils.config import Count, Device, Positive, UserError, choices, interval, parse, require_multiple, run_main
 from utils.crops import to_uint8
+from utils.devices import image_layout
 from utils.distributed import Processes, setup
 from utils.files import check_writable, write_json
 from utils.image_dataset import ImageDataset, ImageOptions
@@ -168,7 +169,7 @@ def draw_images(config: CodeDistanceConfig, tokenizer: VQModel, streams: Streams
 
 def open_tokenizer(config: CodeDistanceConfig, device: torch.device) -> tuple[VQModel, Streams]:
     """The tokenizer and the streams it is decoded from; raises UserError when an option does not fit it."""
-    tokenizer = load_tokenizer(config.vq_ckpt, device).to(memory_format=torch.channels_last)
+    tokenizer = load_tokenizer(config.vq_ckpt, device).to(memory_format=image_layout(device))
     # Stage 1 leaves the detail codebook untrained.
     streams: Streams = "semantic" if tokenizer.provenance.stage == "semantic" else "all"
     kept = tokenizer.quantizer.streams(streams)

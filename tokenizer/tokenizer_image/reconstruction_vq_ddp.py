@@ -23,6 +23,7 @@ from tokenizer.tokenizer_image.quantizer import Streams
 from tokenizer.tokenizer_image.vq_model import VQModel, load_tokenizer
 from utils.config import Count, Device, Positive, UserError, parse, require_multiple, run_main
 from utils.crops import to_uint8
+from utils.devices import image_layout
 from utils.distributed import Processes, all_reduce_sum, setup
 from utils.files import check_writable, write_json
 from utils.image_dataset import ImageDataset, ImageOptions
@@ -54,7 +55,7 @@ class ReconstructionConfig:
 
 def open_tokenizer(config: ReconstructionConfig, processes: Processes) -> VQModel:
     """The tokenizer; raises UserError when it cannot do what the options ask."""
-    tokenizer = load_tokenizer(config.vq_ckpt, processes.device).to(memory_format=torch.channels_last)
+    tokenizer = load_tokenizer(config.vq_ckpt, processes.device).to(memory_format=image_layout(processes.device))
     if tokenizer.provenance.stage == "semantic" and config.streams == "all":
         raise UserError(f"--vq-ckpt {config.vq_ckpt} is a stage 1 tokenizer, whose detail codebook is untrained: use "
                         "--streams semantic.")

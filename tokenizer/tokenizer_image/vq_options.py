@@ -10,6 +10,7 @@ from tokenizer.tokenizer_image.vq_loss import ADVERSARIAL, RECIPES
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils.batches import BatchOptions
 from utils.config import Count, NonNegative, Positive, choices
+from utils.devices import Compile
 from utils.image_dataset import ImageOptions
 from utils.optim import OptimOptions, typed_schedule
 from utils.run import RunOptions
@@ -109,6 +110,8 @@ class VQTrainConfig:
     """semantic: stage 1; dual: stage 2; single: all codebooks at once (LlamaGen)."""
     init_from: str = ""
     """Tokenizer whose weights start this run; stage 2 needs stage 1's result."""
+    compile: Compile = "auto"
+    """torch.compile encoder and decoder; auto: on GPUs."""
 
 
 # Options that must not change on resume.

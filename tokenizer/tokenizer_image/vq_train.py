@@ -40,6 +40,7 @@ from tokenizer.tokenizer_image.vq_options import FIXED_OPTIONS, VQTrainConfig, r
 from utils.batches import GlobalBatches, StepPlan, plan_steps
 from utils.checkpoint import RunRecord, export, fingerprint, load_weights, read_export, read_initial
 from utils.config import UserError, parse, require_multiple, run_main, to_dict
+from utils.devices import compiles, image_layout
 from utils.distributed import Processes, average_gradients, setup
 from utils.ema import EMA
 from utils.image_dataset import ImageDataset, train_loader
@@ -212,7 +213,10 @@ def set_up(config: VQTrainConfig, initial: dict[str, Tensor], processes: Process
     """Model, losses and optimizers before the first step; initial: weights to start from, or none."""
     model, options = build_model(config, initial), config.optim
     loss = build_loss(config, processes.device)
-    model.to(processes.device).to(memory_format=torch.channels_last)
+    model.to(processes.device).to(memory_format=image_layout(processes.device))
+    if compiles(config.compile, processes.device):
+        model.encoder.compile()
+        model.decoder.compile()
     if config.stage == "semantic":
         model.quantizer.codebooks[1].requires_grad_(False)
     betas = options.beta1, options.beta2
@@ -235,7 +239,7 @@ def train_step(training: TokenizerState, loader: Iterator[tuple[Tensor, Tensor, 
     for _ in range(plan.accumulation):
         with run.timed("data"):
             batch = next(loader)
-        images = batch[0].to(device, non_blocking=True, memory_format=torch.channels_last)
+        images = batch[0].to(device, non_blocking=True, memory_format=image_layout(device))
         loss.discriminator.requires_grad_(False)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             total, terms, reconstructions, quantized = autoencoder_loss(training.model, loss, images, config, step)
