@@ -5,8 +5,7 @@
 #   OUT          where everything goes; default runs/paper, runs/paper-toy
 #   DATA, VAL    full scale: ImageNet's train and val folders;  REFERENCE: ADM's VIRTUAL_imagenet256_labeled.npz
 #   MODEL, SIZE, EPOCHS   full scale: GPT-B, 384 and 100 unless said otherwise;  NPROC: GPUs of this one node (all)
-#   GPT_OPTIONS  full scale: more options of train_c2i.py, whose --dry-run estimates what fits a GPU; for example
-#                "--micro-batch-size 16 --activation-checkpointing"
+#   GPT_OPTIONS  full scale: more options of train_c2i.py, for example "--data-parallel fsdp"
 #   TOKENIZER_EPOCHS  full scale: epochs of each stage of a tokenizer (40, as LlamaGen's, which has one stage)
 #   KEEP_EVERY   epochs between the GPT weights that a training keeps for good (50, toy 0.5; 0: none), for figure 7c
 #   TOY_SECONDS, TOKENIZER_STEPS  toy: training time of a GPT (45), steps of a tokenizer's second stage (1200)
