@@ -29,17 +29,23 @@ def packed_forward(linear: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-@contextmanager
-def packed_linears(model: nn.Module, rows: int) -> Iterator[None]:
-    """Within the block, linear layers multiply with packed copies of their weights (0.2 s for GPT-B, and its memory again).
+class PackedLinears:
+    """Packed copies of the weights of all linear layers of a model (made in 0.2 s for GPT-B, and its memory again).
 
-    rows: of the products to come, for which the layout is chosen.  Gradients do not flow inside.
+    rows: of the products to come, for which the layout is chosen.  Gradients do not flow through them.
     """
-    packed = [module for module in model.modules() if isinstance(module, nn.Linear) and can_pack(module)]
-    try:
-        for linear in packed:
-            linear.forward = packed_forward(linear, rows)  # type: ignore
-        yield
-    finally:
-        for linear in packed:
-            linear.__dict__.pop("forward", None)
+
+    def __init__(self, model: nn.Module, rows: int) -> None:
+        self.forwards = {module: packed_forward(module, rows) for module in model.modules()
+                         if isinstance(module, nn.Linear) and can_pack(module)}
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Within the block, the layers multiply with their copies."""
+        try:
+            for linear, forward in self.forwards.items():
+                linear.forward = forward  # type: ignore
+            yield
+        finally:
+            for linear in self.forwards:
+                linear.__dict__.pop("forward", None)
