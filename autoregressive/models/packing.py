@@ -11,11 +11,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from utils.optim import native_bf16
+
 
 def can_pack(linear: nn.Linear) -> bool:
-    """True for float32 weights on a CPU for which torch has oneDNN."""
+    """True on a CPU for which torch has oneDNN, for weights in float32, or in bfloat16 where it computes in that."""
     weight = linear.weight
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    native = weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and native_bf16(weight.device)
+    return weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and native
 
 
 def packed_forward(linear: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:
