@@ -5,6 +5,7 @@ serves the steps that read as many keys and predict the same streams.  Graphs ha
 """
 
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +64,8 @@ class Mode(NamedTuple):
     """How steps are run."""
 
     prepare: Callable[[Step, torch.device], Step]
+    once: Callable[..., Callable[..., Tensor]]
+    """The same for a function that is called once for a batch."""
     exact_on_cpu: bool
     """Whether a CPU reads exactly the keys that are written, because another number of keys costs nothing."""
     packs: bool
@@ -73,9 +76,13 @@ class Mode(NamedTuple):
         return 1 if self.exact_on_cpu and device.type == "cpu" else _MULTIPLE
 
 
-MODES = {"eager": Mode(eager, exact_on_cpu=True, packs=True), "compiled": Mode(compiled, exact_on_cpu=False, packs=False)}
+MODES = {"eager": Mode(eager, lambda function: function, exact_on_cpu=True, packs=True),
+         "compiled": Mode(compiled, partial(torch.compile, fullgraph=True), exact_on_cpu=False, packs=False)}
 
 
-def default_mode(device: torch.device) -> str:
-    """Launching the kernels of a cell takes longer than running them on a GPU; a CPU spends its time in products anyway."""
-    return "compiled" if device.type == "cuda" else "eager"
+def find_mode(name: str, device: torch.device) -> Mode:
+    """A row of MODES by its name, or the better one where that is "auto".
+
+    On a GPU, launching the kernels of a cell takes longer than running them; a CPU spends its time in products anyway.
+    """
+    return MODES[name if name != "auto" else "compiled" if device.type == "cuda" else "eager"]

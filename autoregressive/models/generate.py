@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from autoregressive.models.attention import KVCache
-from autoregressive.models.decode_modes import MODES, default_mode
+from autoregressive.models.decode_modes import find_mode
 from autoregressive.models.gpt import GPT
 from autoregressive.models.guidance import CFG_RANGES, GUIDANCE, Scale, guide
 from autoregressive.models.packing import PackedLinears
@@ -230,7 +230,7 @@ class Decoder:
 
     def __init__(self, gpt: GPT, mode: str = "eager", record_attention: bool = False) -> None:
         self.gpt, self.device, self.record_attention = gpt, gpt.rotary.device, record_attention
-        self.mode = MODES[default_mode(self.device) if mode == "auto" else mode]
+        self.mode = find_mode(mode, self.device)
         self.multiple = self.mode.multiple(self.device)
         self._kind: tuple[SamplingOptions, int] | None = None
 

@@ -165,6 +165,11 @@ def load_gpt(path: str | Path, device: str | torch.device = "cpu", dtype: torch.
     description, tensors = read_export(path, "gpt", option)
     gpt = restore(GPT, GPTConfig, description.pop("model"), tensors, f"{option} {path}")
     gpt.provenance = GPTProvenance(**read_fields(GPTProvenance, description, f"{option} {path}"))
+    return place(gpt, device, dtype)
+
+
+def place(gpt: GPT, device: str | torch.device, dtype: torch.dtype) -> GPT:
+    """Make a GPT ready for sampling on a device, in a precision."""
     gpt.to(device, dtype)
     gpt.rotary = gpt.build_rotary().to(device)  # stays float32
     return gpt.eval().requires_grad_(False)
