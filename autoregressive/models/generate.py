@@ -141,10 +141,11 @@ class Sampler:
         self.top_p = per_stream(options.top_p, streams, "top_p")
         self.options, self.uniforms, self.guidance = options, uniforms, GUIDANCE[options.guidance]
         # On the device, so that a step is one function for all steps and scales; in double precision, as numbers are.
-        table = partial(torch.tensor, dtype=torch.float64, device=uniforms.device)
-        self.start, self.end = (table(ends) for ends in zip(*self.ranges))         # [C]
-        self.weight, steps = table(options.cfg_attention_weight), gpt.paradigm.num_steps
-        self.progress = table([self.guidance.progress(step, steps) for step in range(steps)])  # [M]
+        steps = gpt.paradigm.num_steps
+        progress = [self.guidance.progress(step, steps) for step in range(steps)]
+        self.start, self.end, self.weight, self.progress = (                       # [C], [C], [], [M]
+            torch.tensor(numbers, dtype=torch.float64).to(uniforms.device)
+            for numbers in (*zip(*self.ranges), options.cfg_attention_weight, progress))
         self.guided = not self.guidance.one_is_off or any(pair != (1.0, 1.0) for pair in self.ranges)
         self.needs_attention = self.guided and self.guidance.reads_attention
 
@@ -174,6 +175,14 @@ class Sampler:
         """The guidance scale of a trunk step [1], a number [] or of the shape of `attention`, that of the conditional rows."""
         progress = self.progress.index_select(0, step)[0]
         return self.guidance.scale(self.start[stream], self.end[stream], progress, attention, self.weight)
+
+
+def check_labels(labels: Tensor, gpt: GPT) -> None:
+    """Raise ValueError for class ids [B] that the GPT does not know.  Waits for labels that are on a GPU."""
+    classes = gpt.config.num_classes
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(f"labels go from {int(labels.min())} to {int(labels.max())} but the GPT knows classes 0 to "
+                         f"{classes - 1}.")
 
 
 @dataclass
@@ -244,16 +253,13 @@ class Decoder:
     @torch.inference_mode()
     def steps(self, labels: Tensor, options: SamplingOptions, uniforms: Tensor) -> Generator[Decoding, None, None]:
         """The same decoding after every trunk step, for those who look at it on the way; see `draw`."""
-        gpt, classes = self.gpt, self.gpt.config.num_classes
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-            raise ValueError(f"labels go from {int(labels.min())} to {int(labels.max())} but the GPT knows classes 0 to "
-                             f"{classes - 1}.")
+        check_labels(labels, self.gpt)
         self._prepare(options, len(labels))
-        restart(gpt, self.decoding, labels, uniforms)
+        restart(self.gpt, self.decoding, labels, uniforms)
         with self.packing():
-            for step, streams in enumerate(gpt.paradigm.streams_of):
+            for step, streams in enumerate(self.gpt.paradigm.streams_of):
                 length = -(-(step + 1) // self.multiple) * self.multiple
-                self.step(gpt, self.decoding, self.decoding.cache.positions[:length], streams)
+                self.step(self.gpt, self.decoding, self.decoding.cache.positions[:length], streams)
                 yield self.decoding
 
     @torch.inference_mode()
