@@ -10,12 +10,16 @@ run, and the least of `--repeats` counts, because noise only adds time.  `fracti
 time that the arithmetic and the reading of weights would take at this machine's rates (`machine` in the output).
 """
 
+import copy
 import json
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -28,10 +32,11 @@ import torch.distributed as dist
 import tyro
 from torch import Tensor
 
-from autoregressive.models.generate import Sampler, SamplingOptions, decode_step, draw_uniforms, start_decoding
-from autoregressive.models.gpt import GPT, GPT_models, build_gpt
+from autoregressive.models.decode_modes import MODES
+from autoregressive.models.generate import Decoder, Sampler, SamplingOptions, draw_uniforms
+from autoregressive.models.gpt import GPT, GPT_models, build_gpt, place
 from autoregressive.models.losses import stream_losses
-from autoregressive.models.packing import packed_linears
+from autoregressive.sample.pipeline import load_in
 from autoregressive.train.train_c2i import make_optimizer
 from evaluations.c2i.metrics import feature_statistics, frechet_distance, inception_score, precision_recall
 from scripts import published_structure
@@ -61,7 +66,9 @@ class BenchmarkConfig:
     repeats: Positive = 5
     """Timings of which the least counts."""
     precision: Annotated[str, choices(("auto", "bf16", "float32"))] = "auto"
-    """auto: bf16 on GPUs."""
+    """auto: bf16 on GPUs; to decode also on CPUs that compute in it, as the samplers do."""
+    decode: Annotated[str, choices(("auto", *MODES))] = "auto"
+    """Decode: how, as the samplers' option."""
     device: Device = "auto"
     """auto: CUDA where there is any."""
 
@@ -116,24 +123,26 @@ def benchmark_decode(config: BenchmarkConfig, gpt: GPT, device: torch.device, ra
     uniforms = draw_uniforms(0, np.arange(batch), len(gpt.config.codebook_sizes), gpt.config.cells).to(device)
     options = SamplingOptions(cfg_scale=(1.75, 2.5))
 
+    decoder = Decoder(gpt, config.decode)
+
     def ours() -> float:
-        decoding = start_decoding(gpt, labels, options, uniforms)
+        with closing(decoder.steps(labels, options, uniforms)) as steps:
+            return seconds(lambda: deque(islice(steps, cells), maxlen=0), device)
 
-        def run() -> None:
-            for _ in range(cells):
-                decode_step(gpt, decoding)
-
-        with packed_linears(gpt, 2 * batch):  # once a batch of images, 0.3 s for GPT-B
-            return seconds(run, device)
-
-    def published() -> float:
+    def published(gpt: GPT) -> float:
         sampler = Sampler(gpt, options, uniforms)
         rows = torch.cat([labels, torch.full_like(labels, gpt.null_class)])
         decoder = published_structure.Decoder(gpt, len(rows))
         return seconds(lambda: decoder.run(gpt.class_token(rows), cells, sampler), device)
 
+    timers = {"ours": ours}
+    if config.paradigm == "hierarchical":
+        timers["published"] = lambda: published(gpt)
+        if gpt.cls_embedding.weight.dtype != torch.float32:
+            single = place(copy.deepcopy(gpt), device, torch.float32)
+            timers["published_float32"] = lambda: published(single)
     with torch.inference_mode():
-        taken = in_turn({"ours": ours} | ({"published": published} if config.paradigm == "hierarchical" else {}), config.repeats)
+        taken = in_turn(timers, config.repeats)
     a_cell = {name: value / cells for name, value in taken.items()}
     weights, size = multiplications(gpt), gpt.cls_embedding.weight.element_size()
     floor = max(2 * weights * 2 * batch / (rates["tflops"] * 1e12), weights * size / (rates["gigabytes_per_second"] * 1e9))
@@ -143,10 +152,10 @@ def benchmark_decode(config: BenchmarkConfig, gpt: GPT, device: torch.device, ra
 
 
 def compare(taken: dict[str, float], unit: str) -> dict[str, float]:
-    """The published structure's time and the ratio to it, where it was measured."""
-    if "published" not in taken:
-        return {}
-    return {f"published_{unit}": 1e3 * taken["published"], "ratio": taken["ours"] / taken["published"]}
+    """The published structure's time and the ratio to it, where it was measured, in our precision and in float32."""
+    others = {name: name.replace("published", "ratio") for name in taken if name != "ours"}
+    return {f"{name}_{unit}": 1e3 * taken[name] for name in others} | {
+        ratio: taken["ours"] / taken[name] for name, ratio in others.items()}
 
 
 def benchmark_train(config: BenchmarkConfig, gpt: GPT, device: torch.device, rates: dict[str, float],
@@ -223,16 +232,19 @@ def main() -> None:
     require_multiple("--image-size", config.image_size, 16, "the tokenizers' downsampling")
     processes = setup(config.device)
     device = processes.device
-    bf16 = uses_bf16(config.precision, device)
+    gpt = make_gpt(config, device)
+    if config.task == "decode":
+        gpt = load_in(config.precision, gpt, device)
+    bf16 = uses_bf16(config.precision, device) or gpt.cls_embedding.weight.dtype == torch.bfloat16
     rates = machine_rates(device, torch.bfloat16 if bf16 else torch.float32)
     if config.task == "evaluate":
         figures: dict[str, Any] = benchmark_evaluate(config, device)
     elif config.task == "checkpoint":
-        figures = benchmark_checkpoint(config, make_gpt(config, device), processes)
+        figures = benchmark_checkpoint(config, gpt, processes)
     elif config.task == "decode":
-        figures = benchmark_decode(config, make_gpt(config, device).to(torch.bfloat16 if bf16 else torch.float32), device, rates)
+        figures = benchmark_decode(config, gpt, device, rates)
     else:
-        figures = benchmark_train(config, make_gpt(config, device), device, rates, bf16)
+        figures = benchmark_train(config, gpt, device, rates, bf16)
     about = {"task": config.task, "gpt_model": config.gpt_model, "paradigm": config.paradigm, "device": str(device),
              "precision": "bf16" if bf16 else "float32", "threads": torch.get_num_threads(), "torch": torch.__version__}
     if processes.is_main:

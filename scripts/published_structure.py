@@ -103,7 +103,8 @@ class Decoder:
         """Decode the first cells from the class tokens [B, D]."""
         attention = torch.ones(self.rows, device=x.device)
         for cell in range(cells):
-            x = self.step(x, cell, partial(sampler.pick, step=cell, attention=attention))
+            step = torch.tensor([cell], device=x.device)
+            x = self.step(x, cell, partial(sampler.pick, step=step, attention=attention))
 
     def step(self, x: Tensor, cell: int, pick: Pick) -> Tensor:
         """[B, D] -> the next trunk input [B, D]; `pick` chooses codes from logits."""
@@ -113,14 +114,14 @@ class Decoder:
             x = run_layer(block, x, gpt.rotary[cell : cell + 1], cache, self.mask[cell : cell + 1], cell)
         summary = context.expand(context.compress(self.states[:, context.window[cell]]).flatten(1))
         self.states[:, cell] = x[:, 0]
-        rotary, codes = head_rotary(gpt), []
+        rotary, codes, here = head_rotary(gpt), [], torch.tensor([cell], device=x.device)
         caches, inputs = self.new_caches(len(paradigm.head.layers)), [summary, x[:, 0]]
         for slot in range(3):
             h = inputs[slot][:, None]
             for block, cache in zip(paradigm.head.layers, caches):
                 h = run_layer(block, h, rotary[slot : slot + 1], cache, self.mask[slot : slot + 1], slot)
             if slot > 0:
-                codes.append(pick(paradigm.outputs[slot - 1](norm(paradigm.norm, h[:, 0])), slot - 1, cell))
+                codes.append(pick(paradigm.outputs[slot - 1](norm(paradigm.norm, h[:, 0])), slot - 1, here))
             if slot == 1:
                 inputs.append(paradigm.embeddings[0](codes[0]))
         return paradigm.fuse(torch.stack(codes, dim=1)[..., None])[:, 0]

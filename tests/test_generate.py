@@ -57,7 +57,7 @@ def test_scale_one_is_the_conditional_model(gpt, guidance):
     plain = draw(gpt, replace(OPTIONS, guidance=guidance, cfg_scale=(1.0,)))
     sampler = Sampler(gpt, replace(OPTIONS, guidance=guidance, cfg_scale=(1.0,)), torch.rand(2, 2, 16))
     conditional, unconditional = torch.randn(2, 2, 8)
-    torch.testing.assert_close(sampler.guide(conditional, unconditional, 0, 3, torch.rand(4)), conditional)
+    torch.testing.assert_close(sampler.guide(conditional, unconditional, 0, torch.tensor([3]), torch.rand(4)), conditional)
     assert torch.equal(plain, draw(gpt, replace(OPTIONS, guidance="progressive", cfg_scale=(1.0, 1.0))))
 
 
@@ -81,7 +81,7 @@ def test_equation_18_as_printed(gpt):
     attention = torch.tensor([0.25, 0.5, 0.9, 0.9])
     conditional, unconditional = torch.randn(2, 2, 8)
     scale = (2.0 + 2.0 * 4 / 16) * attention[:2, None]
-    torch.testing.assert_close(sampler.guide(conditional, unconditional, 1, 4, attention),
+    torch.testing.assert_close(sampler.guide(conditional, unconditional, 1, torch.tensor([4]), attention),
                                unconditional + scale * (conditional - unconditional))
 
 
@@ -90,7 +90,7 @@ def test_cfg_interval_stops_guidance(gpt):
     sampler = Sampler(gpt, replace(OPTIONS, cfg_interval=2), torch.rand(2, 2, 16))
     conditional, unconditional = torch.randn(2, 2, 8)
     for step, guided in [(0, True), (3, True), (4, False)]:
-        mixed = sampler.guide(conditional, unconditional, 0, step, torch.rand(4))
+        mixed = sampler.guide(conditional, unconditional, 0, torch.tensor([step]), torch.rand(4))
         assert torch.equal(mixed, conditional) != guided
 
 
@@ -106,16 +106,17 @@ def test_attention_and_guided_logits_equal_the_released_decoder():
     cache, state, x = gpt.new_cache(6, record_condition=True), gpt.paradigm.new_state(6), gpt.class_token(rows)
 
     def pick(logits, stream, cell):
-        guided = sampler.guide(*logits.chunk(2), stream, step, cache.condition_weight)
+        guided = sampler.guide(*logits.chunk(2), stream, cell, cache.condition_weight)
         np.testing.assert_allclose(guided, golden[f"guided_logits_{stream + 1}"][:, step], atol=2e-4)
         return codes[:, stream, step].repeat(2)
 
     with torch.no_grad():
         for step in range(16):
-            hidden = gpt.step(x, cache, step)
+            cell = torch.tensor([step])
+            hidden = gpt.step(x, cache, cell, cache.positions[: step + 1])
             np.testing.assert_allclose(hidden, golden["hidden"][:, step], atol=1e-4)
             np.testing.assert_allclose(cache.condition_weight[:3], golden["attn_record"][step], atol=1e-5)
-            x = gpt.paradigm.decode(hidden, state, pick)
+            x = gpt.paradigm.decode(hidden, cell, (0, 1), state, pick)
 
 
 def test_filtering_equals_the_released_filter():

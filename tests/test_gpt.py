@@ -14,18 +14,22 @@ from autoregressive.models.transformer import rotary_table
 from tests.conftest import GOLDEN, TINY_GPT, arrays, imported_gpt, random_codes, randomise
 
 
-def teacher_forced_decode(gpt: GPT, labels: torch.Tensor, codes: torch.Tensor) -> list[torch.Tensor]:
-    """Logits of incremental decoding whose choices are the given codes: C tensors [B, N, K_c]."""
+def teacher_forced_decode(gpt: GPT, labels: torch.Tensor, codes: torch.Tensor, extra: int = 0) -> list[torch.Tensor]:
+    """Logits of incremental decoding whose choices are the given codes: C tensors [B, N, K_c].
+
+    extra: keys that attention reads beyond those that are written.
+    """
     seen: list[list[torch.Tensor]] = [[] for _ in gpt.config.codebook_sizes]
 
-    def pick(logits: torch.Tensor, stream: int, cell: int) -> torch.Tensor:
+    def pick(logits: torch.Tensor, stream: int, cell: torch.Tensor) -> torch.Tensor:
         seen[stream].append(logits)
-        return codes[:, stream, cell]
+        return codes[:, stream, int(cell)]
 
     cache, state, x = gpt.new_cache(len(labels)), gpt.paradigm.new_state(len(labels)), gpt.class_token(labels)
     with torch.no_grad():
-        for step in range(gpt.paradigm.num_steps):
-            x = gpt.paradigm.decode(gpt.step(x, cache, step), state, pick)
+        for step, streams in enumerate(gpt.paradigm.streams_of):
+            hidden = gpt.step(x, cache, torch.tensor([step]), cache.positions[: step + extra + 1])
+            x = gpt.paradigm.decode(hidden, gpt.paradigm.cell_of[step : step + 1], streams, state, pick)
     assert torch.equal(state.codes, codes)
     return [torch.stack(stream, dim=1) for stream in seen]
 

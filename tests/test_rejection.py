@@ -55,13 +55,13 @@ def expected(drawn: dict[str, np.ndarray], probabilities: torch.Tensor) -> np.nd
 def drawn_rows(monkeypatch) -> list[int]:
     """The samples that are drawn, as they are drawn."""
     seen: list[int] = []
-    sample = Pipeline.sample
+    start = Pipeline.start
 
     def record(self, labels, rows):
         seen.extend(rows)
-        return sample(self, labels, rows)
+        return start(self, labels, rows)
 
-    monkeypatch.setattr(Pipeline, "sample", record)
+    monkeypatch.setattr(Pipeline, "start", record)
     return seen
 
 

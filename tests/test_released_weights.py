@@ -102,7 +102,7 @@ def test_the_benchmark_compares_like_with_like(gpt):
         for cell in range(gpt.config.cells):
             def pick(logits, stream, cell):
                 drawn.append(logits)
-                return codes[:, stream, cell]
+                return codes[:, stream, int(cell)]
             x = decoder.step(x, cell, pick)
         for stream, forced in enumerate(gpt(labels, codes)):
             torch.testing.assert_close(torch.stack(drawn[stream::2], dim=1), forced, atol=1e-4, rtol=0)

@@ -65,6 +65,11 @@ def uses_bf16(precision: str, device: torch.device) -> bool:
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
+def native_bf16(device: torch.device) -> bool:
+    """Whether products are faster in bf16 than in float32: on GPUs, and on CPUs with instructions for them."""
+    return device.type == "cuda" or torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale gradients to a total norm of at most `max_norm` (0: leave them); returns the norm before."""
     return full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))

@@ -3,16 +3,20 @@
 The cache is an argument owned by the caller; modules keep no generation state.  Scaled-dot-product attention serves
 the trunk; the head's three slots are cheaper as plain arithmetic (`short_causal_attention`), because a general kernel
 pays its set-up once for each of B · N tiny sequences.
+
+While decoding, all shapes are static and places are tensors, so that one compiled function, or one captured CUDA graph,
+serves many positions.  The keys that attention reads go a little further than those that are written; a mask hides the rest.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# (q [B, H, T, E], k [B, H, S, E], v [B, H, S, E]) -> [B, H, T, E].
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+# (q [B, H, T, E], k [B, H, S, E], v [B, H, S, E]), and where a span has one its mask -> [B, H, T, E].
+Attend = Callable[..., Tensor]
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
@@ -22,12 +26,12 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of T new positions: causal when they are the whole sequence, unmasked for one decoded position.
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of T new positions: causal when they are the whole sequence, under a mask for one decoded position.
 
-    q: [B, H, T, E]; k, v: [B, H, S, E] with S = T or T = 1.  Returns [B, H, T, E].
+    q: [B, H, T, E]; k, v: [B, H, S, E] with S = T, or T = 1 and a mask of their type.  Returns [B, H, T, E].
     """
-    return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -53,25 +57,35 @@ def short_causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(rows, dim=2)
 
 
+class Span(NamedTuple):
+    """The new positions of a cached sequence, and what they attend to."""
+
+    positions: Tensor           # [T] int64, where their keys and values are written
+    length: int                 # cached positions that are read, from the first on
+    mask: Tensor | None = None  # [1, 1, 1, length], added to the scores: -inf behind the newest position; None: none is behind
+
+
 class LayerCache:
     """Keys and values of one layer, allocated once and written in place."""
 
-    def __init__(self, keys: Tensor, values: Tensor, record_condition: bool) -> None:
-        self.keys, self.values, self.record_condition = keys, values, record_condition
-        self.condition_weight: Tensor | None = None
+    def __init__(self, keys: Tensor, values: Tensor, condition_weight: Tensor | None) -> None:
+        self.keys, self.values, self.condition_weight = keys, values, condition_weight
 
-    def update(self, k: Tensor, v: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """Write k, v [B, H, T, E] at `position`; returns views of everything up to and with them."""
-        end = position + k.shape[2]
-        self.keys[:, :, position:end] = k
-        self.values[:, :, position:end] = v
-        return self.keys[:, :, :end], self.values[:, :, :end]
+    def attend(self, kernel: Attend, q: Tensor, k: Tensor, v: Tensor, span: Span) -> Tensor:
+        """Write k, v [B, H, T, E] where the span says, and attend from q to all that it reads: -> [B, H, T, E]."""
+        self.keys.index_copy_(2, span.positions, k)
+        self.values.index_copy_(2, span.positions, v)
+        k, v = self.keys[:, :, : span.length], self.values[:, :, : span.length]
+        if span.mask is None:
+            return kernel(q, k, v)
+        if self.condition_weight is not None:
+            self.condition_weight.copy_(self._weight_of_first(q, k, span.mask))
+        return kernel(q, k, v, span.mask)
 
-    def observe(self, q: Tensor, k: Tensor) -> None:
-        """Keep the newest position's attention to key 0, the class token, averaged over heads [B], if asked to."""
-        if self.record_condition:
-            scores = (q[:, :, -1:] @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5  # [B, H, 1, S]
-            self.condition_weight = scores.softmax(-1)[:, :, 0, 0].mean(1)               # [B]
+    def _weight_of_first(self, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+        """The newest position's attention to key 0, the class token, averaged over heads [B]."""
+        scores = (q[:, :, -1:] @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5    # [B, H, 1, S]
+        return (scores + mask).softmax(-1)[:, :, 0, 0].mean(1)
 
 
 class KVCache:
@@ -80,8 +94,10 @@ class KVCache:
     def __init__(self, n_layer: int, batch: int, n_head: int, length: int, head_dim: int,
                  device: torch.device, dtype: torch.dtype, record_condition: bool = False) -> None:
         storage = torch.zeros(n_layer, 2, batch, n_head, length, head_dim, device=device, dtype=dtype)
-        self.layers = [LayerCache(keys, values, record_condition and index == n_layer - 1)
-                       for index, (keys, values) in enumerate(storage)]
+        self.layers = [LayerCache(keys, values, None) for keys, values in storage]
+        self.positions = torch.arange(length, device=device)
+        if record_condition:
+            self.layers[-1].condition_weight = torch.zeros(batch, device=device)
 
     @property
     def condition_weight(self) -> Tensor | None:

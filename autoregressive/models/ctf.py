@@ -11,6 +11,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from autoregressive.models.decode_modes import find_mode
 from autoregressive.models.generate import pick_codes
 from autoregressive.models.gpt import GPT
 from autoregressive.models.guidance import guide
@@ -32,12 +33,19 @@ class FineOptions:
 
 
 @torch.inference_mode()
-def refine(gpt: GPT, labels: Tensor, coarse: Tensor, options: FineOptions, uniforms: Tensor, coarse_of: Tensor) -> Tensor:
+def refine(gpt: GPT, labels: Tensor, coarse: Tensor, options: FineOptions, uniforms: Tensor, coarse_of: Tensor,
+           mode: str = "eager") -> Tensor:
     """Draw the fine labels of coarse grids.
 
-    labels: [B]; coarse: [B, 1, N]; uniforms: [B, N] in [0, 1); coarse_of: coarse label of every code [K].
-    Returns codes [B, 1, N] of the tokenizer.
+    labels: [B]; coarse: [B, 1, N]; uniforms: [B, N] in [0, 1); coarse_of: coarse label of every code [K]; mode: a row of
+    MODES, or "auto".  Returns codes [B, 1, N] of the tokenizer.
     """
+    draw = find_mode(mode, coarse.device).once(draw_fine)
+    return draw(gpt, labels, coarse, options, uniforms.to(coarse.device), coarse_of)
+
+
+def draw_fine(gpt: GPT, labels: Tensor, coarse: Tensor, options: FineOptions, uniforms: Tensor, coarse_of: Tensor) -> Tensor:
+    """`refine` as a function of tensors on one device."""
     guided = options.fine_cfg_scale != 1
     if guided:
         rows = torch.cat([labels, torch.full_like(labels, gpt.null_class)])
@@ -47,6 +55,5 @@ def refine(gpt: GPT, labels: Tensor, coarse: Tensor, options: FineOptions, unifo
         logits = gpt(labels, coarse)[0].float()
     if options.fine_candidates == "cluster":
         logits = logits.masked_fill(coarse_of != coarse[:, 0, :, None], -torch.inf)
-    uniforms = uniforms.to(logits.device).flatten()                                # [B N]
-    codes = pick_codes(logits.flatten(0, 1), uniforms, options.fine_temperature, options.fine_top_k, 1.0)
+    codes = pick_codes(logits.flatten(0, 1), uniforms.flatten(), options.fine_temperature, options.fine_top_k, 1.0)  # [B N]
     return codes.view_as(coarse)

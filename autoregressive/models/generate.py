@@ -7,8 +7,9 @@ may differ in the last bits between batch sizes; in bfloat16 that can change a d
 Errors are ValueErrors that begin with the field they are about; whoever reads a command line names the flag.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, TypeVar
 
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor
 
 from autoregressive.models.attention import KVCache
+from autoregressive.models.decode_modes import find_mode
 from autoregressive.models.gpt import GPT
 from autoregressive.models.guidance import CFG_RANGES, GUIDANCE, Scale, guide
-from autoregressive.models.packing import packed_linears
+from autoregressive.models.packing import PackedLinears
 from autoregressive.models.paradigms import DecodeState
 from utils.config import Count, NonNegative, Seed, choices, interval
 
@@ -137,89 +139,140 @@ class Sampler:
         self.temperature = per_stream(options.temperature, streams, "temperature")
         self.top_k = per_stream(options.top_k, streams, "top_k")
         self.top_p = per_stream(options.top_p, streams, "top_p")
-        self.options, self.uniforms, self.steps = options, uniforms, gpt.paradigm.num_steps
-        self.guidance = GUIDANCE[options.guidance]
+        self.options, self.uniforms, self.guidance = options, uniforms, GUIDANCE[options.guidance]
+        # On the device, so that a step is one function for all steps and scales; in double precision, as numbers are.
+        steps = gpt.paradigm.num_steps
+        progress = [self.guidance.progress(step, steps) for step in range(steps)]
+        self.start, self.end, self.weight, self.progress = (                       # [C], [C], [], [M]
+            torch.tensor(numbers, dtype=torch.float64).to(uniforms.device)
+            for numbers in (*zip(*self.ranges), options.cfg_attention_weight, progress))
         self.guided = not self.guidance.one_is_off or any(pair != (1.0, 1.0) for pair in self.ranges)
         self.needs_attention = self.guided and self.guidance.reads_attention
 
-    def pick(self, logits: Tensor, stream: int, cell: int, step: int, attention: Tensor | None) -> Tensor:
-        """Choose the codes of a cell.
+    def pick(self, logits: Tensor, stream: int, cell: Tensor, step: Tensor, attention: Tensor | None) -> Tensor:
+        """Choose the codes of a cell [1] at a trunk step [1].
 
-        logits: [B, K], or with guidance conditional rows before unconditional ones [2B, K]; step: of the trunk;
-        attention: to the class token, of the same rows, where the schedule reads it.  Returns codes of the same rows.
+        logits: [B, K], or with guidance conditional rows before unconditional ones [2B, K]; attention: to the class
+        token, of the same rows, where the schedule reads it.  Returns codes of the same rows.
         """
         logits = logits.float()
         if self.guided:
             conditional, unconditional = logits.chunk(2)
             logits = self.guide(conditional, unconditional, stream, step, attention)
-        codes = pick_codes(logits, self.uniforms[:, stream, cell], self.temperature[stream], self.top_k[stream],
-                           self.top_p[stream])
+        uniforms = self.uniforms[:, stream].index_select(1, cell)[:, 0]            # [B]
+        codes = pick_codes(logits, uniforms, self.temperature[stream], self.top_k[stream], self.top_p[stream])
         return torch.cat([codes, codes]) if self.guided else codes
 
-    def guide(self, conditional: Tensor, unconditional: Tensor, stream: int, step: int, attention: Tensor | None) -> Tensor:
-        """Mix the two branches [B, K] with the scale of this step and stream; attention: [2B] or None."""
-        if -1 < self.options.cfg_interval < step - 1:  # LlamaGen counts from the second token on
-            return conditional
+    def guide(self, conditional: Tensor, unconditional: Tensor, stream: int, step: Tensor, attention: Tensor | None) -> Tensor:
+        """Mix the two branches [B, K] with the scale of this step [1] and stream; attention: [2B] or None."""
         a = 0.0 if attention is None else attention[: len(conditional), None]      # [B, 1]
-        return guide(conditional, unconditional, self.scale(stream, step, a))
+        guided = guide(conditional, unconditional, self.scale(stream, step, a))
+        if self.options.cfg_interval == -1:
+            return guided
+        return torch.where(step <= self.options.cfg_interval + 1, guided, conditional)  # LlamaGen counts from the second token
 
-    def scale(self, stream: int, step: int, attention: Scale) -> Scale:
-        """The guidance scale of a trunk step, a number or of the shape of `attention`, that of the conditional rows."""
-        start, end = self.ranges[stream]
-        progress = self.guidance.progress(step, self.steps)
-        return self.guidance.scale(start, end, progress, attention, self.options.cfg_attention_weight)
-
-
-@dataclass
-class Decoding:
-    """One decoding under way: all of its state, owned by the caller of `decode_step`."""
-
-    sampler: Sampler
-    cache: KVCache
-    state: DecodeState
-    x: Tensor  # the next trunk input [B, D], or conditional rows before unconditional ones [2B, D]
+    def scale(self, stream: int, step: Tensor, attention: Scale) -> Scale:
+        """The guidance scale of a trunk step [1], a number [] or of the shape of `attention`, that of the conditional rows."""
+        progress = self.progress.index_select(0, step)[0]
+        return self.guidance.scale(self.start[stream], self.end[stream], progress, attention, self.weight)
 
 
-def start_decoding(gpt: GPT, labels: Tensor, options: SamplingOptions, uniforms: Tensor,
-                   record_attention: bool = False) -> Decoding:
-    """Caches and the class token: labels [B]; uniforms [B, C, N] from `draw_uniforms`.
-
-    record_attention: keep the attention to the class token also where the schedule does not read it.
-    """
-    sampler = Sampler(gpt, options, uniforms.to(labels.device))
-    rows = torch.cat([labels, torch.full_like(labels, gpt.null_class)]) if sampler.guided else labels
-    cache = gpt.new_cache(len(rows), record_condition=sampler.needs_attention or record_attention)
-    return Decoding(sampler, cache, gpt.paradigm.new_state(len(rows)), gpt.class_token(rows))
-
-
-def decode_step(gpt: GPT, decoding: Decoding) -> None:
-    """Advance the trunk by one position and choose the codes it predicts."""
-    step = decoding.state.step
-    hidden = gpt.step(decoding.x, decoding.cache, step)
-    pick = partial(decoding.sampler.pick, step=step, attention=decoding.cache.condition_weight)
-    decoding.x = gpt.paradigm.decode(hidden, decoding.state, pick)
-
-
-@torch.inference_mode()
-def decode_steps(gpt: GPT, labels: Tensor, options: SamplingOptions, uniforms: Tensor,
-                 record_attention: bool = False) -> Iterator[Decoding]:
-    """`generate` step by step: the same decoding after every trunk step, for those who look at it on the way."""
+def check_labels(labels: Tensor, gpt: GPT) -> None:
+    """Raise ValueError for class ids [B] that the GPT does not know.  Waits for labels that are on a GPU."""
     classes = gpt.config.num_classes
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(f"labels go from {int(labels.min())} to {int(labels.max())} but the GPT knows classes 0 to "
                          f"{classes - 1}.")
-    decoding = start_decoding(gpt, labels, options, uniforms, record_attention)
-    with packed_linears(gpt, len(decoding.x)):
-        while decoding.state.step < gpt.paradigm.num_steps:
-            decode_step(gpt, decoding)
-            yield decoding
+
+
+@dataclass
+class Decoding:
+    """The state of one decoding, in buffers that every step overwrites in place."""
+
+    sampler: Sampler
+    cache: KVCache
+    state: DecodeState
+    x: Tensor     # the next trunk input [B, D], or conditional rows before unconditional ones [2B, D]
+    step: Tensor  # the next trunk step [1]
+
+
+def new_decoding(gpt: GPT, options: SamplingOptions, batch: int, record_attention: bool = False, multiple: int = 1) -> Decoding:
+    """Buffers for `batch` grids, which `restart` fills.
+
+    record_attention: keep the attention to the class token also where the schedule does not read it; multiple: what the
+    length of the cache is rounded up to.
+    """
+    device, config = gpt.rotary.device, gpt.config
+    sampler = Sampler(gpt, options, torch.zeros(batch, len(config.codebook_sizes), config.cells, device=device))
+    rows = 2 * batch if sampler.guided else batch
+    cache = gpt.new_cache(rows, sampler.needs_attention or record_attention, multiple)
+    x = gpt.class_token(torch.zeros(rows, dtype=torch.long, device=device))
+    return Decoding(sampler, cache, gpt.paradigm.new_state(rows), x, torch.zeros(1, dtype=torch.long, device=device))
+
+
+def restart(gpt: GPT, decoding: Decoding, labels: Tensor, uniforms: Tensor) -> None:
+    """Begin grids of other classes: labels [B], on any device; uniforms [B, C, N] from `draw_uniforms`."""
+    labels = labels.to(decoding.x.device)
+    rows = torch.cat([labels, torch.full_like(labels, gpt.null_class)]) if decoding.sampler.guided else labels
+    decoding.x.copy_(gpt.class_token(rows))
+    decoding.sampler.uniforms.copy_(uniforms[:, : len(gpt.config.codebook_sizes)])
+    decoding.step.zero_()
+
+
+def decode_step(gpt: GPT, decoding: Decoding, keys: Tensor, streams: tuple[int, ...]) -> None:
+    """Advance the trunk by one position and choose the codes it predicts: a function of tensors with static shapes.
+
+    keys: the first positions of the cache [S], which attention reads; streams: those that this step predicts.
+    """
+    step, paradigm = decoding.step, gpt.paradigm
+    hidden = gpt.step(decoding.x, decoding.cache, step, keys)
+    pick = partial(decoding.sampler.pick, step=step, attention=decoding.cache.condition_weight)
+    decoding.x.copy_(paradigm.decode(hidden, paradigm.cell_of.index_select(0, step), streams, decoding.state, pick))
+    step.add_(1)
+
+
+class Decoder:
+    """Draws batch after batch; what was allocated, compiled and captured for one serves the next of its size and options.
+
+    mode: a row of MODES, or "auto"; record_attention: as in `new_decoding`.
+    """
+
+    def __init__(self, gpt: GPT, mode: str = "eager", record_attention: bool = False) -> None:
+        self.gpt, self.device, self.record_attention = gpt, gpt.rotary.device, record_attention
+        self.mode = find_mode(mode, self.device)
+        self.multiple = self.mode.multiple(self.device)
+        self._kind: tuple[SamplingOptions, int] | None = None
+
+    def _prepare(self, options: SamplingOptions, batch: int) -> None:
+        """Buffers and a step for this kind of batch, unless the last one was of the same kind."""
+        if self._kind != (options, batch):
+            self.decoding = new_decoding(self.gpt, options, batch, self.record_attention, self.multiple)
+            self.packing = PackedLinears(self.gpt, len(self.decoding.x)).in_use if self.mode.packs else nullcontext
+            self.step, self._kind = self.mode.prepare(decode_step, self.device), (replace(options), batch)
+
+    @torch.inference_mode()
+    def steps(self, labels: Tensor, options: SamplingOptions, uniforms: Tensor) -> Generator[Decoding, None, None]:
+        """The same decoding after every trunk step, for those who look at it on the way; see `draw`."""
+        check_labels(labels, self.gpt)
+        self._prepare(options, len(labels))
+        restart(self.gpt, self.decoding, labels, uniforms)
+        with self.packing():
+            for step, streams in enumerate(self.gpt.paradigm.streams_of):
+                length = -(-(step + 1) // self.multiple) * self.multiple
+                self.step(self.gpt, self.decoding, self.decoding.cache.positions[:length], streams)
+                yield self.decoding
+
+    @torch.inference_mode()
+    def draw(self, labels: Tensor, options: SamplingOptions, uniforms: Tensor) -> Tensor:
+        """Draw one grid of codes for each label.
+
+        labels: [B] in [0, num_classes); uniforms: [B, C, N] from `draw_uniforms`; both on any device.  Returns codes
+        [B, C, N] int64.  Raises ValueError for labels or options that do not fit the GPT.
+        """
+        *_, last = self.steps(labels, options, uniforms)
+        return last.state.codes[: len(labels)].clone()  # the next batch overwrites them
 
 
 def generate(gpt: GPT, labels: Tensor, options: SamplingOptions, uniforms: Tensor) -> Tensor:
-    """Draw one grid of codes for each label.
-
-    labels: [B] in [0, num_classes); uniforms: [B, C, N] from `draw_uniforms`.  Returns codes [B, C, N] int64.  Raises
-    ValueError for labels or options that do not fit the GPT.
-    """
-    *_, last = decode_steps(gpt, labels, options, uniforms)
-    return last.state.codes[: len(labels)]
+    """`Decoder.draw` of a single batch, eagerly."""
+    return Decoder(gpt).draw(labels, options, uniforms)

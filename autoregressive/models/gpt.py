@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from autoregressive.models.attention import KVCache
+from autoregressive.models.attention import KVCache, Span
 from autoregressive.models.paradigms import PARADIGMS
 from autoregressive.models.transformer import Block, GPTConfig, rotary_table
 from utils.checkpoint import read_export, restore
@@ -127,22 +127,27 @@ class GPT(nn.Module):
         """The first trunk input: [B] -> [B, D]."""
         return self.cls_embedding(labels)
 
-    def step(self, x: Tensor, cache: KVCache, position: int) -> Tensor:
+    def step(self, x: Tensor, cache: KVCache, position: Tensor, keys: Tensor) -> Tensor:
         """Advance the trunk by one position.
 
-        x: [B, D], the class token or what `paradigm.decode` returned; cache: filled up to `position`, which is
-        written.  Returns hidden states [B, D].
+        x: [B, D], the class token or what `paradigm.decode` returned; cache: filled up to `position` [1] int64, which is
+        written; keys: the first positions of the cache [S], `position` among them.  Returns hidden states [B, D].
         """
-        x = x[:, None]
+        x, rotary = x[:, None], self.rotary.index_select(0, position)
+        mask = torch.zeros_like(keys, dtype=x.dtype).masked_fill_(keys > position, -torch.inf)  # [S]
+        span = Span(position, len(keys), mask[None, None, None])
         for block, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x = block(x, self.rotary[position : position + 1], layer_cache, position)
+            x = block(x, rotary, layer_cache, span)
         return x[:, 0]
 
-    def new_cache(self, batch: int, record_condition: bool = False) -> KVCache:
-        """A trunk cache for `batch` rows, allocated once; record_condition keeps the last layer's attention to the
-        class token (PAG-CFG, section 4.5)."""
+    def new_cache(self, batch: int, record_condition: bool = False, multiple: int = 1) -> KVCache:
+        """A trunk cache for `batch` rows, allocated once, of which multiples of `multiple` positions are read;
+        record_condition keeps the last layer's attention to the class token (PAG-CFG, section 4.5)."""
         config, weight = self.config, self.cls_embedding.weight
-        return KVCache(config.n_layer, batch, config.n_head, len(self.rotary), config.dim // config.n_head,
+        length = -(-len(self.rotary) // multiple) * multiple
+        if multiple > 1:
+            length += 1  # so that a part is read always: the whole, which is contiguous, would be compiled once more
+        return KVCache(config.n_layer, batch, config.n_head, length, config.dim // config.n_head,
                        weight.device, weight.dtype, record_condition)
 
 
@@ -160,6 +165,11 @@ def load_gpt(path: str | Path, device: str | torch.device = "cpu", dtype: torch.
     description, tensors = read_export(path, "gpt", option)
     gpt = restore(GPT, GPTConfig, description.pop("model"), tensors, f"{option} {path}")
     gpt.provenance = GPTProvenance(**read_fields(GPTProvenance, description, f"{option} {path}"))
+    return place(gpt, device, dtype)
+
+
+def place(gpt: GPT, device: str | torch.device, dtype: torch.dtype) -> GPT:
+    """Make a GPT ready for sampling on a device, in a precision."""
     gpt.to(device, dtype)
     gpt.rotary = gpt.build_rotary().to(device)  # stays float32
     return gpt.eval().requires_grad_(False)

@@ -23,22 +23,22 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: Scale) -> Tensor:
     return unconditional + scale * (conditional - unconditional)
 
 
-def constant(start: float, end: float, progress: float, attention: Scale, weight: float) -> Scale:
+def constant(start: Scale, end: Scale, progress: Scale, attention: Scale, weight: Scale) -> Scale:
     """The same scale at every step (LlamaGen)."""
     return start
 
 
-def progressive(start: float, end: float, progress: float, attention: Scale, weight: float) -> Scale:
+def progressive(start: Scale, end: Scale, progress: Scale, attention: Scale, weight: Scale) -> Scale:
     """A scale that grows linearly with the step (equation 16)."""
     return start + (end - start) * progress
 
 
-def progressive_attention(start: float, end: float, progress: float, attention: Scale, weight: float) -> Scale:
+def progressive_attention(start: Scale, end: Scale, progress: Scale, attention: Scale, weight: Scale) -> Scale:
     """The released formula: attention to the class adds to the progress."""
     return start + (end - start) * (progress + weight * attention)
 
 
-def equation18(start: float, end: float, progress: float, attention: Scale, weight: float) -> Scale:
+def equation18(start: Scale, end: Scale, progress: Scale, attention: Scale, weight: Scale) -> Scale:
     """Equation 18 as printed: attention to the class multiplies the scale."""
     return (start + (end - start) * progress) * attention
 
@@ -46,8 +46,8 @@ def equation18(start: float, end: float, progress: float, attention: Scale, weig
 class Guidance(NamedTuple):
     """A schedule of the guidance scale."""
 
-    scale: Callable[[float, float, float, Scale, float], Scale]
-    """(start, end, progress, attention a [B, 1], attention weight w) -> scale, a number or [B, 1]."""
+    scale: Callable[[Scale, Scale, Scale, Scale, Scale], Scale]
+    """(start, end, progress, attention a [B, 1], attention weight w), numbers or [] but for a -> scale, [] or [B, 1]."""
     reads_attention: bool = False
     """Whether a is needed; it is 0 otherwise."""
     reaches_end: bool = True

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from autoregressive.models.attention import KVCache, short_causal_attention
+from autoregressive.models.attention import KVCache, Span, short_causal_attention
 from autoregressive.models.transformer import Block, GPTConfig, RunBlock
 
 
@@ -67,10 +67,11 @@ class LocalContext(nn.Module):
         """Room for what each cell contributes, the border's in the last row [B, N + 1, c]."""
         return self.border().repeat(batch, len(self.window) + 1, 1)
 
-    def step(self, hidden: Tensor, cell: int, contributions: Tensor) -> Tensor:
-        """Decode: summary of `cell`'s window [B, D]; keeps what its state [B, D] will contribute to later cells."""
-        summary = self.expand(contributions[:, self.window[cell]].flatten(1))
-        contributions[:, cell] = self.compress(hidden)
+    def step(self, hidden: Tensor, cell: Tensor, contributions: Tensor) -> Tensor:
+        """Decode: summary of the window of `cell` [1]: [B, D]; keeps what its state [B, D] will contribute to later cells."""
+        window = self.window.index_select(0, cell)[0]                              # [n]
+        summary = self.expand(contributions.index_select(1, window).flatten(1))
+        contributions.index_copy_(1, cell, self.compress(hidden)[:, None])
         return summary
 
 
@@ -121,8 +122,8 @@ class LocalContextHead(nn.Module):
         cache = KVCache(len(self.layers), batch, heads, self.slots, self.config.dim // heads, weight.device, weight.dtype)
         return HeadState(torch.empty(0) if self.context is None else self.context.new_state(batch), cache)
 
-    def begin_cell(self, hidden: Tensor, cell: int, state: HeadState) -> Tensor:
-        """First pass of a cell, summary and state together: [B, D] -> head state of the first stream [B, D]."""
+    def begin_cell(self, hidden: Tensor, cell: Tensor, state: HeadState) -> Tensor:
+        """First pass of a cell [1], summary and state together: [B, D] -> head state of the first stream [B, D]."""
         leading = [] if self.context is None else [self.context.step(hidden, cell, state.contributions)]
         return self._pass(torch.stack([*leading, hidden], dim=1), state, slot=0)
 
@@ -131,8 +132,9 @@ class LocalContextHead(nn.Module):
         return self._pass(embedded[:, None], state, slot=self.leading + stream)
 
     def _pass(self, x: Tensor, state: HeadState, slot: int) -> Tensor:
-        rotary = None if self.rotary is None else self.rotary[slot : slot + x.shape[1]]
+        end = slot + x.shape[1]
+        rotary, span = None if self.rotary is None else self.rotary[slot:end], Span(state.cache.positions[slot:end], end)
         for index, (block, cache) in enumerate(zip(self.layers, state.cache.layers, strict=True)):
             last = index == len(self.layers) - 1
-            x = block(x, rotary, cache, slot, skip=self.leading * (slot == 0 and last))
+            x = block(x, rotary, cache, span, skip=self.leading * (slot == 0 and last))
         return x[:, -1]

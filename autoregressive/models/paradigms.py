@@ -7,10 +7,13 @@
     hierarchical   fused tokens, one trunk step a cell, the detail given the semantic code (IAR2)
     fine           all coarse labels at once, all fine labels in one step (CTF's second stage, `ctf.py`)
 
-A paradigm differs from another in four things, its methods: which cell each trunk input belongs to (`cells`), how
-codes become trunk inputs (`inputs`, and `decode`'s return value), how states become logits (`logits`), and which codes
-one decoded trunk step chooses (`decode`).  `GPT` looks its paradigm up in `PARADIGMS` once.  `pick` chooses codes from
-logits: paradigms know nothing of guidance or sampling.
+A paradigm differs from another in four things: which cell each trunk input belongs to (`cells`) and which codes each step
+predicts (`cell_of`, `streams_of`), how codes become trunk inputs (`inputs`, and `decode`'s return value), how states become
+logits (`logits`), and how one decoded trunk step chooses its codes (`decode`).  `GPT` looks its paradigm up in `PARADIGMS`
+once.  `pick` chooses codes from logits: paradigms know nothing of guidance or sampling.
+
+While decoding, the cell is a tensor on the device and the streams are a number of Python's: a step is one function of tensors
+for all cells, and another for other streams, whose codebooks differ in size.
 """
 
 from collections.abc import Callable
@@ -25,24 +28,29 @@ from autoregressive.models.attention import Attend, causal_attention, full_atten
 from autoregressive.models.local_head import HeadState, LocalContextHead, mlp
 from autoregressive.models.transformer import GPTConfig, RunBlock
 
-# (logits [B, K_c], stream, cell) -> codes [B].
-Pick = Callable[[Tensor, int, int], Tensor]
+# (logits [B, K_c], stream, cell [1]) -> codes [B].
+Pick = Callable[[Tensor, int, Tensor], Tensor]
 
 
 @dataclass
 class DecodeState:
-    """What one decoding owns: the codes chosen so far [B, C, N], the next trunk step, buffers of fusion and head."""
+    """What one decoding owns: the codes chosen so far [B, C, N], buffers of fusion and head."""
 
     codes: Tensor
     tables: list[Tensor] = field(default_factory=list)  # fused tokens: output of the first fusion layer by code [K_c, 4D]
     head: HeadState | None = None
-    step: int = 0
+
+    def keep(self, codes: Tensor, stream: int, cell: Tensor) -> None:
+        """Write the codes [B] chosen for a stream of the cell [1]."""
+        self.codes[:, stream].index_copy_(1, cell, codes[:, None])
 
 
 class Paradigm(nn.Module):
     """The interface, and the parts all paradigms have; T is the number of trunk steps."""
 
-    cells: Tensor  # [T - 1] grid cell of each trunk input after the class token
+    cells: Tensor    # [T - 1] grid cell of each trunk input after the class token
+    cell_of: Tensor  # [T] grid cell that each trunk step predicts
+    streams_of: list[tuple[int, ...]]  # the streams of that cell that each trunk step predicts
 
     def __init__(self, config: GPTConfig, outputs: list[nn.Module]) -> None:
         """outputs: one head a predicted stream, D -> K_c."""
@@ -68,8 +76,11 @@ class Paradigm(nn.Module):
         """
         raise NotImplementedError
 
-    def decode(self, hidden: Tensor, state: DecodeState, pick: Pick) -> Tensor:
-        """One trunk step: hidden [B, D] -> codes chosen into `state`; returns the next trunk input [B, D]."""
+    def decode(self, hidden: Tensor, cell: Tensor, streams: tuple[int, ...], state: DecodeState, pick: Pick) -> Tensor:
+        """One trunk step, which predicts `streams` of `cell` [1]: hidden [B, D] -> codes chosen into `state`.
+
+        Returns the next trunk input [B, D].
+        """
         raise NotImplementedError
 
     def targets(self, codes: Tensor) -> Tensor:
@@ -93,8 +104,7 @@ class Paradigm(nn.Module):
 class Alternating(Paradigm):
     """One code a trunk step, the streams of a cell after each other; with one codebook this is LlamaGen's GPT."""
 
-    stream_of: Tensor  # [T] stream and
-    cell_of: Tensor    # [T] cell of the code that each trunk step predicts
+    stream_of: Tensor  # [T] stream of the code that each trunk step predicts
     step_of: Tensor    # [C, N] the step that predicts each code
 
     def __init__(self, config: GPTConfig) -> None:
@@ -103,6 +113,7 @@ class Alternating(Paradigm):
         super().__init__(config, [nn.Linear(dim, size, bias=False) if len(sizes) == 1 else mlp(dim, 2 * dim, size)
                                   for size in sizes])
         self.steps = self.order(len(sizes), config.cells)
+        self.streams_of = [(stream,) for stream, _ in self.steps]
         stream, cell = (torch.tensor(column) for column in zip(*self.steps))
         self.register_buffer("cells", cell[:-1], persistent=False)
         self.register_buffer("stream_of", stream, persistent=False)
@@ -125,12 +136,11 @@ class Alternating(Paradigm):
         hidden = self.norm(hidden)
         return [output(hidden[:, self.step_of[stream]]) for stream, output in enumerate(self.outputs)]
 
-    def decode(self, hidden: Tensor, state: DecodeState, pick: Pick) -> Tensor:
+    def decode(self, hidden: Tensor, cell: Tensor, streams: tuple[int, ...], state: DecodeState, pick: Pick) -> Tensor:
         """One code from [B, D]; returns its embedding [B, D]."""
-        stream, cell = self.steps[state.step]
+        stream, = streams
         codes = pick(self.outputs[stream](self.norm(hidden)), stream, cell)
-        state.codes[:, stream, cell] = codes
-        state.step += 1
+        state.keep(codes, stream, cell)
         return self.embeddings[stream](codes)
 
 
@@ -152,6 +162,8 @@ class Independent(Paradigm):
         self.fusion = mlp(len(config.codebook_sizes) * dim, 4 * dim, dim, out_bias=True)
         position = torch.arange(config.cells - 1)
         self.register_buffer("cells", position // 2 if config.rotary == "repeated" else position, persistent=False)
+        self.register_buffer("cell_of", torch.arange(config.cells), persistent=False)
+        self.streams_of = [tuple(range(len(config.codebook_sizes)))] * config.cells
 
     def fuse(self, codes: Tensor) -> Tensor:
         """Equation 12: codes [B, C, n] -> fused tokens [B, n, D]."""
@@ -166,12 +178,13 @@ class Independent(Paradigm):
         hidden = self.norm(hidden)
         return [output(hidden) for output in self.outputs]
 
-    def decode(self, hidden: Tensor, state: DecodeState, pick: Pick) -> Tensor:
+    def decode(self, hidden: Tensor, cell: Tensor, streams: tuple[int, ...], state: DecodeState, pick: Pick) -> Tensor:
         """One cell from [B, D]; returns its fused token [B, D]."""
         hidden = self.norm(hidden)
-        for stream, output in enumerate(self.outputs):
-            state.codes[:, stream, state.step] = pick(output(hidden), stream, state.step)
-        return self.advance(state)
+        chosen = [pick(self.outputs[stream](hidden), stream, cell) for stream in streams]
+        for stream, codes in zip(streams, chosen):
+            state.keep(codes, stream, cell)
+        return self.fuse_chosen(chosen, state)
 
     @property
     def first_fusion_layer(self) -> nn.Linear:
@@ -187,10 +200,9 @@ class Independent(Paradigm):
         state.tables = [F.linear(table, part) for table, part in zip(tables, columns, strict=True)]
         return state
 
-    def advance(self, state: DecodeState) -> Tensor:
-        """Go on to the next cell; returns the fused token of the one just chosen [B, D]."""
-        rows = [table[codes] for table, codes in zip(state.tables, state.codes[..., state.step].unbind(1), strict=True)]
-        state.step += 1
+    def fuse_chosen(self, chosen: list[Tensor], state: DecodeState) -> Tensor:
+        """The fused token of a cell [B, D], from the codes [B] of each of its streams."""
+        rows = [F.embedding(codes, table) for codes, table in zip(chosen, state.tables, strict=True)]
         return self.fusion[1:](sum(rows, start=self.first_fusion_layer.bias))      # equation 12
 
 
@@ -212,16 +224,16 @@ class Hierarchical(Independent):
         state.head = self.head.new_state(batch)
         return state
 
-    def decode(self, hidden: Tensor, state: DecodeState, pick: Pick) -> Tensor:
+    def decode(self, hidden: Tensor, cell: Tensor, streams: tuple[int, ...], state: DecodeState, pick: Pick) -> Tensor:
         """One cell: head passes and choices in stream order; returns its fused token [B, D]."""
         assert state.head is not None
-        x = self.head.begin_cell(hidden, state.step, state.head)
-        for stream, output in enumerate(self.outputs):
-            codes = pick(output(self.norm(x)), stream, state.step)
-            state.codes[:, stream, state.step] = codes
-            if stream + 1 < len(self.outputs):
-                x = self.head.continue_cell(self.embeddings[stream](codes), stream + 1, state.head)
-        return self.advance(state)
+        x, chosen = self.head.begin_cell(hidden, cell, state.head), []
+        for stream in streams:
+            chosen.append(pick(self.outputs[stream](self.norm(x)), stream, cell))
+            state.keep(chosen[-1], stream, cell)
+            if stream + 1 < len(streams):
+                x = self.head.continue_cell(self.embeddings[stream](chosen[-1]), stream + 1, state.head)
+        return self.fuse_chosen(chosen, state)
 
 
 class FineLabels(Paradigm):

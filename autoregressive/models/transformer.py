@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoregressive.models.attention import Attend, LayerCache, causal_attention, rotate
+from autoregressive.models.attention import Attend, LayerCache, Span, causal_attention, rotate
 
 # (layer, arguments of its forward ...) -> its output, with activation checkpointing where wanted.
 RunBlock = Callable[..., Tensor]
@@ -109,16 +109,14 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.attend = attend
 
-    def forward(self, x: Tensor, rotary: Tensor | None, cache: LayerCache | None = None, position: int = 0,
+    def forward(self, x: Tensor, rotary: Tensor | None, cache: LayerCache | None = None, span: Span | None = None,
                 skip: int = 0) -> Tensor:
         """One layer over T new positions.
 
-        x: [B, T, D]; rotary: rows of these positions [T, D/H/2, 2], or None; cache: this layer's LayerCache, filled up
-        to `position`; skip: leading positions that only serve as keys.  Returns [B, T - skip, D].
+        x: [B, T, D]; rotary: rows of these positions [T, D/H/2, 2], or None; cache, span: this layer's LayerCache and where
+        the positions stand in it; skip: leading positions that only serve as keys.  Returns [B, T - skip, D].
         """
         q, k, v = self.attention.project(self.attention_norm(x), rotary, skip)
-        if cache is not None:
-            k, v = cache.update(k, v, position)
-            cache.observe(q, k)
-        x = x[:, skip:] + self.attention.combine(self.attend(q, k, v))
+        heads = self.attend(q, k, v) if cache is None or span is None else cache.attend(self.attend, q, k, v, span)
+        x = x[:, skip:] + self.attention.combine(heads)
         return x + self.feed_forward(self.ffn_norm(x))

@@ -18,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 
 from autoregressive.models.ctf import FineOptions
-from autoregressive.models.generate import SamplingOptions, decode_steps, draw_uniforms
+from autoregressive.models.generate import Decoder, SamplingOptions, draw_uniforms
 from autoregressive.sample.pipeline import ModelOptions, Pipeline, carried_options, check_classes
 from utils.config import Count, UserError, parse, run_main
 from utils.distributed import setup
@@ -59,11 +59,13 @@ def measure(pipeline: Pipeline, labels: np.ndarray) -> GuidanceMap:
     uniforms = draw_uniforms(pipeline.sampling.seed, np.arange(count), streams, gpt.config.cells)
     classes = torch.from_numpy(labels).to(pipeline.device)
     attention, scales = [], []
-    for step, decoding in enumerate(decode_steps(gpt, classes, pipeline.sampling, uniforms, record_attention=True)):
+    decoder = Decoder(gpt, record_attention=True)
+    for decoding in decoder.steps(classes, pipeline.sampling, uniforms):
         a = decoding.cache.condition_weight
         assert a is not None
-        attention.append(a[:count].float())                                                              # [B]
-        scale = [torch.as_tensor(decoding.sampler.scale(stream, step, attention[-1])) for stream in range(streams)]
+        attention.append(a[:count].clone())                                                              # [B]
+        # The step that gave this attention; the decoding stands at the next.
+        scale = [torch.as_tensor(decoding.sampler.scale(stream, decoding.step - 1, a[:count])) for stream in range(streams)]
         scales.append(torch.stack([each.to(attention[-1]).expand(count) for each in scale], dim=1))       # [B, C]
     images = pipeline.decode(decoding.state.codes[:count])
     return GuidanceMap(images, torch.stack(attention, -1).unflatten(-1, (side, side)).cpu().numpy(),

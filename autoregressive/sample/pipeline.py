@@ -6,18 +6,21 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from autoregressive.models.ctf import FineOptions, refine
-from autoregressive.models.generate import SamplingOptions, carried_fields, cfg_ranges, draw_uniforms, generate, per_stream
-from autoregressive.models.gpt import GPT, load_gpt
+from autoregressive.models.decode_modes import MODES
+from autoregressive.models.generate import Decoder, SamplingOptions, carried_fields, cfg_ranges, draw_uniforms, per_stream
+from autoregressive.models.gpt import GPT, load_gpt, place
+from autoregressive.sample.image_decoder import ImageDecoder, Images
 from tokenizer.tokenizer_image.vq_model import load_tokenizer
 from utils.checkpoint import fingerprint, read_export
 from utils.class_names import ClassNames, require_same_names
 from utils.config import Count, Device, UserError, choices, flag
-from utils.crops import to_uint8
-from utils.optim import uses_bf16
+from utils.optim import native_bf16, uses_bf16
+
+# Weights that a CPU's cache about holds: for so few, half the bytes gain little.
+_CACHED = 2**23
 
 
 @dataclass
@@ -31,7 +34,10 @@ class ModelOptions:
     fine_ckpt: Path | None = None
     """Second stage of a GPT that predicts coarse labels (CTF)."""
     precision: Annotated[str, choices(("auto", "bf16", "float32"))] = "auto"
-    """Of the GPT; auto: bf16 on GPUs."""
+    """Of the GPT; on GPUs of the tokenizer's decoder too.  auto: bf16 on GPUs, and for a GPT that outgrows the cache of a CPU
+    which computes in bf16."""
+    decode: Annotated[str, choices(("auto", *MODES))] = "auto"
+    """How codes are drawn: by separate kernels, or compiled in a minute at the start; auto: compiled on GPUs."""
     image_size_eval: Count = 0
     """Resize samples to this side, bicubic, as LlamaGen does; 0: keep the model's size."""
     device: Device = "auto"
@@ -49,13 +55,17 @@ class Pipeline:
 
     def __init__(self, models: ModelOptions, sampling: SamplingOptions, fine: FineOptions, device: torch.device) -> None:
         """Raises UserError when the files do not fit each other or the sampling options fit no model."""
-        dtype = torch.bfloat16 if uses_bf16(models.precision, device) else torch.float32
-        self.gpt = load_gpt(models.gpt_ckpt, device, dtype)
-        self.fine = load_gpt(models.fine_ckpt, device, dtype, "--fine-ckpt") if models.fine_ckpt else None
-        self.tokenizer = load_tokenizer(models.vq_ckpt, device).to(memory_format=torch.channels_last)
+        self.gpt = load_in(models.precision, load_gpt(models.gpt_ckpt), device)
+        self.fine = None if models.fine_ckpt is None else load_in(
+            models.precision, load_gpt(models.fine_ckpt, option="--fine-ckpt"), device)
+        self.tokenizer = load_tokenizer(models.vq_ckpt, device)
         self.sampling, self.fine_options, self.device = sampling, fine, device
-        self.image_size_eval = models.image_size_eval
+        self.image_size_eval, self.decode_mode = models.image_size_eval, models.decode
         self._check_models(models)
+        self.decoder = Decoder(self.gpt, models.decode)
+        bf16 = device.type == "cuda" and uses_bf16(models.precision, device)
+        self.image_decoder = ImageDecoder(self.tokenizer, self.gpt.config.grid_size, models.image_size_eval,
+                                          torch.bfloat16 if bf16 else torch.float32)
         check_sampling(sampling, self.gpt)
         if self.fine is not None:
             self.coarse_of = torch.tensor(self.fine.provenance.coarse_of, device=device)
@@ -113,27 +123,34 @@ class Pipeline:
 
     @torch.inference_mode()
     def sample_codes(self, labels: Tensor, samples: np.ndarray) -> Tensor:
-        """Draw codes [B, C, N] of the tokenizer for class ids [B]; samples: their global indices [B]."""
+        """Draw codes [B, C, N] of the tokenizer for class ids [B], on any device; samples: their global indices [B]."""
         config, stages = self.gpt.config, 1 if self.fine is None else 2
         streams = len(config.codebook_sizes)
         uniforms = draw_uniforms(self.sampling.seed, samples, streams * stages, config.cells)
-        codes = generate(self.gpt, labels, self.sampling, uniforms[:, :streams])
+        codes = self.decoder.draw(labels, self.sampling, uniforms[:, :streams])
         if self.fine is None:
             return codes
-        return refine(self.fine, labels, codes, self.fine_options, uniforms[:, -1], self.coarse_of)
+        return refine(self.fine, labels.to(self.device), codes, self.fine_options, uniforms[:, -1], self.coarse_of,
+                      self.decode_mode)
 
-    @torch.inference_mode()
+    def start(self, labels: np.ndarray, samples: np.ndarray) -> Images:
+        """`sample` without waiting for the images, so that they are decoded beside the next codes."""
+        return self.image_decoder.start(self.sample_codes(torch.from_numpy(labels), samples))
+
     def sample(self, labels: np.ndarray, samples: np.ndarray) -> np.ndarray:
         """Draw images uint8 [B, S, S, 3] of class ids [B]; samples: their global indices [B], which fix the randomness."""
-        return self.decode(self.sample_codes(torch.from_numpy(labels).to(self.device), samples))
+        return self.start(labels, samples)()
 
-    @torch.inference_mode()
     def decode(self, codes: Tensor) -> np.ndarray:
         """Codes of the tokenizer [B, C, N] -> images uint8 [B, S, S, 3]."""
-        images = self.tokenizer.decode_codes(codes.unflatten(-1, (self.gpt.config.grid_size,) * 2))
-        if self.image_size_eval:
-            images = F.interpolate(images, size=(self.image_size_eval,) * 2, mode="bicubic")
-        return to_uint8(images).cpu().numpy()
+        return self.image_decoder.start(codes)()
+
+
+def load_in(precision: str, gpt: GPT, device: torch.device) -> GPT:
+    """Move a GPT to the device in the precision that it is sampled with, by ModelOptions.precision."""
+    outgrows = sum(parameter.numel() for parameter in gpt.parameters()) > _CACHED
+    bf16 = uses_bf16(precision, device) or precision == "auto" and outgrows and native_bf16(device)
+    return place(gpt, device, torch.bfloat16 if bf16 else torch.float32)
 
 
 def check_classes(classes: tuple[int, ...], names: tuple[str, ...], pipeline: Pipeline) -> list[str]:

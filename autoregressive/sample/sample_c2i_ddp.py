@@ -20,6 +20,7 @@ import numpy as np
 
 from autoregressive.models.ctf import FineOptions
 from autoregressive.models.generate import SamplingOptions
+from autoregressive.sample.image_decoder import Images
 from autoregressive.sample.pipeline import ModelOptions, Pipeline, carried_options
 from autoregressive.sample.rejection import (
     RejectionOptions,
@@ -29,6 +30,7 @@ from autoregressive.sample.rejection import (
     keep_best,
     load_selector,
 )
+from utils.beside import Beside
 from utils.config import Count, Positive, parse, run_main, to_dict
 from utils.distributed import Processes, setup
 from utils.files import write_json
@@ -82,12 +84,17 @@ def draw(pipeline: Pipeline, path: Path, labels: np.ndarray, about: dict[str, An
     store = ImageStore(path, (len(labels), pipeline.image_size, pipeline.image_size, 3), about, processes)
     started, missing, rows = time.perf_counter(), len(store.missing()), store.share()
     bar = progress(len(rows), "sample", "images", processes)
-    for first in range(0, len(rows), config.batch_size):
-        batch = rows[first : first + config.batch_size]
-        # Every batch has the same shape: another one would select other matrix kernels and change the last bits.
-        padded = np.pad(batch, (0, config.batch_size - len(batch)), mode="edge")
-        store.write(batch, pipeline.sample(labels[padded], padded)[: len(batch)])
+
+    def keep(batch: np.ndarray, images: Images) -> None:
+        store.write(batch, images()[: len(batch)])
         bar.update(len(batch))
+
+    with Beside() as writer:
+        for first in range(0, len(rows), config.batch_size):
+            batch = rows[first : first + config.batch_size]
+            # Every batch has the same shape: another one would select other matrix kernels and change the last bits.
+            padded = np.pad(batch, (0, config.batch_size - len(batch)), mode="edge")
+            writer.run(keep, batch, pipeline.start(labels[padded], padded))
     bar.close()
     store.finish(pipeline.class_names, arr_1=labels, kind=np.array(about["kind"]), options=np.array(json.dumps(about)))
     if processes.is_main:
