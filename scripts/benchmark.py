@@ -1,7 +1,8 @@
-"""Time decoding and training of a GPT, beside the same weights in the structure of the published code.
+"""Time decoding and training of a GPT, and a tokenizer, beside the same weights in the structure of the published code.
 
     python scripts/benchmark.py decode      ms per cell, tokens/s, images/s
     python scripts/benchmark.py train       ms a forward and backward pass, tokens/s
+    python scripts/benchmark.py tokenizer   ms to encode, decode and train on an image
     python scripts/benchmark.py evaluate    seconds of each of the evaluator's phases on random features
     NPROC=2 bash scripts/launch.sh scripts/benchmark.py checkpoint    seconds that a training (FSDP2) waits for a checkpoint
 
@@ -19,6 +20,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,6 +42,8 @@ from autoregressive.sample.pipeline import load_in
 from autoregressive.train.train_c2i import make_optimizer
 from evaluations.c2i.metrics import feature_statistics, frechet_distance, inception_score, precision_recall
 from scripts import published_structure
+from scripts.benchmark_tokenizer import make_tokenizer, tokenizer_tasks
+from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils.checkpoint import CheckpointWriter, RunRecord
 from utils.config import Count, Device, Positive, choices, parse, require_multiple, run_main
 from utils.distributed import Processes, parallelize, setup
@@ -51,7 +55,7 @@ from utils.train_state import TrainState
 class BenchmarkConfig:
     """Options of a benchmark."""
 
-    task: tyro.conf.Positional[Annotated[str, choices(("decode", "train", "evaluate", "checkpoint"))]]
+    task: tyro.conf.Positional[Annotated[str, choices(("decode", "train", "tokenizer", "evaluate", "checkpoint"))]]
     """What to time."""
     gpt_model: Annotated[str, choices(GPT_models)] = "GPT-B"
     """Size of the GPT."""
@@ -59,8 +63,10 @@ class BenchmarkConfig:
     """Side of the images; 256 is 16x16 cells."""
     paradigm: Annotated[str, choices(("hierarchical", "single"))] = "hierarchical"
     """IAR2's prediction, or LlamaGen's (which has no published structure to compare with here)."""
+    vq_model: Annotated[str, choices(VQ_models)] = "VQ-16"
+    """Preset of the tokenizer."""
     batch_size: Count = 0
-    """Images at once; 0: 4 to decode, with guidance, and 2 to train."""
+    """Images at once; 0: 4 to decode, with guidance, 2 to train, 1 to pass a tokenizer."""
     cells: Count = 32
     """Decode: cells timed, from the first on; 0, or more than there are: the whole grid."""
     repeats: Positive = 5
@@ -166,23 +172,37 @@ def benchmark_train(config: BenchmarkConfig, gpt: GPT, device: torch.device, rat
     labels = torch.arange(batch, device=device)
     codes = torch.stack([torch.randint(size, (batch, shape.cells), device=device) for size in shape.codebook_sizes], 1)
 
-    def step(forward: Callable[[GPT, Tensor, Tensor], list[Tensor]]) -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    def step(forward: Callable[[GPT, Tensor, Tensor], list[Tensor]], low: bool) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=low):
             loss, _ = stream_losses(forward(gpt, labels, codes), codes, (1.0,) * len(shape.codebook_sizes))
         loss.backward()
 
-    def timer(forward: Callable[[GPT, Tensor, Tensor], list[Tensor]]) -> float:
+    def timer(forward: Callable[[GPT, Tensor, Tensor], list[Tensor]], low: bool = bf16) -> float:
         gpt.zero_grad(set_to_none=True)
-        return seconds(lambda: step(forward), device)
+        return seconds(lambda: step(forward, low), device)
 
     timers = {"ours": lambda: timer(GPT.__call__)}
     if config.paradigm == "hierarchical":
         timers["published"] = lambda: timer(published_structure.forward)
+        if bf16:
+            timers["published_float32"] = lambda: timer(published_structure.forward, low=False)
     taken = in_turn(timers, config.repeats)
     floor = 6 * multiplications(gpt) * batch * shape.cells / (rates["tflops"] * 1e12)
     return {"ms_per_step": 1e3 * taken["ours"],
             "tokens_per_second": len(shape.codebook_sizes) * batch * shape.cells / taken["ours"],
             "batch_size": batch, "fraction_of_floor": floor / taken["ours"], **compare(taken, "ms_per_step")}
+
+
+def benchmark_tokenizer(config: BenchmarkConfig, device: torch.device, bf16: bool) -> dict[str, Any]:
+    """Encoding, decoding and training of a tokenizer, ours and as published in turn."""
+    batch, model = config.batch_size or 1, make_tokenizer(config.vq_model, device)
+    images = torch.rand(batch, 3, config.image_size, config.image_size, device=device) * 2 - 1
+    figures: dict[str, Any] = {"vq_model": config.vq_model, "batch_size": batch}
+    for name, ways in tokenizer_tasks(model, images, device, bf16).items():
+        taken = in_turn({way: partial(seconds, work, device) for way, work in ways.items()}, config.repeats)
+        figures |= {f"{name}_ms": 1e3 * taken["ours"], f"{name}_images_per_second": batch / taken["ours"],
+                    f"{name}_published_ms": 1e3 * taken["published"], f"{name}_ratio": taken["ours"] / taken["published"]}
+    return figures
 
 
 def benchmark_evaluate(config: BenchmarkConfig, device: torch.device) -> dict[str, float]:
@@ -243,6 +263,8 @@ def main() -> None:
         figures = benchmark_checkpoint(config, gpt, processes)
     elif config.task == "decode":
         figures = benchmark_decode(config, gpt, device, rates)
+    elif config.task == "tokenizer":
+        figures = benchmark_tokenizer(config, device, bf16)
     else:
         figures = benchmark_train(config, gpt, device, rates, bf16)
     about = {"task": config.task, "gpt_model": config.gpt_model, "paradigm": config.paradigm, "device": str(device),

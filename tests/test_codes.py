@@ -228,6 +228,16 @@ def test_an_interrupted_merge_carries_on(tmp_path, monkeypatch, moment):
         assert (tmp_path / "codes" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.parametrize("left", ["00000000-00000012.0.rows", "00000000-00000012.0.values"])
+def test_half_a_share_is_no_obstacle(tmp_path, left):
+    """A kill between the making, or the removing, of a share's two files leaves one of them."""
+    whole = open_codes(write_codes(tmp_path / "whole", images=13))
+    (tmp_path / "codes" / "shares").mkdir(parents=True)
+    (tmp_path / "codes" / "shares" / left).write_bytes(b"" if left.endswith("rows") else b"torn")
+    write_codes(tmp_path / "codes", images=13)
+    assert np.array_equal(open_codes(tmp_path / "codes").codes, whole.codes)
+
+
 def test_other_images_of_the_same_number_are_not_mixed_in(tmp_path):
     """A data set of as many images under the same name would fill the other half of the folder."""
     header = open_codes(write_codes(tmp_path / "codes")).header

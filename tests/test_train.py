@@ -46,7 +46,7 @@ def gpt_options(codes: Path, run_dir: Path, steps: int = 8, **extra) -> list:
     """Command line of a small deterministic training: no dropout, one image size."""
     options = dict(code_path=codes, run_dir=run_dir, gpt_model="GPT-tiny", image_size=32, downsample_size=8,
                    num_classes=3, steps=steps, global_batch_size=8, lr=1e-3, log_every=1, checkpoint_every=4,
-                   num_workers=0, dropout=0.0, class_dropout=0.0, device="cpu") | extra
+                   num_workers=0, dropout=0.0, class_dropout=0.0, device="cpu", mixed_precision="none") | extra
     flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
     return [*flags, "--codebook-sizes", 8, 16]
 
@@ -304,7 +304,7 @@ def vq_options(images: Path, run_dir: Path, stage: str, steps: int = 6, *extra) 
             "--codebook-sizes", 8, 16, "--image-size", 16, "--global-batch-size", 4, "--steps", steps, "--num-workers", 0,
             "--perceptual-net", "random", "--codebook-init", "kmeans", "--kmeans-vectors", 64, "--revive-every", 2,
             "--ema-decay", 0.9, "--disc-start", 3, "--disc-channels", 8, "--disc-layers", 1, "--log-every", 1,
-            "--checkpoint-every", 3, "--device", "cpu", *extra]
+            "--checkpoint-every", 3, "--device", "cpu", "--mixed-precision", "none", *extra]
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ class OptimOptions:
     ema_decay: Fraction = 0.0
     """Average the weights with this decay, and evaluate and export the averages; 0: off."""
     mixed_precision: Precision = "auto"
-    """bf16; auto: on GPUs only."""
+    """bf16; auto: on GPUs, and on CPUs that have instructions for it."""
 
 
 def typed_schedule(options: OptimOptions) -> dict[str, Any]:
@@ -63,6 +63,11 @@ def set_learning_rate(lr: float, *optimizers: torch.optim.Optimizer) -> None:
 def uses_bf16(precision: str, device: torch.device) -> bool:
     """Whether to compute in bf16; precision: bf16, auto (on GPUs only), or anything else for float32."""
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+
+
+def trains_in_bf16(precision: str, device: torch.device) -> bool:
+    """Whether a training computes in bf16, where its weights and the loss stay float32; auto: where that is faster."""
+    return precision == "bf16" or (precision == "auto" and native_bf16(device))
 
 
 def native_bf16(device: torch.device) -> bool:

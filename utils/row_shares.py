@@ -59,9 +59,9 @@ class Share:
         return found
 
     def remove(self) -> None:
-        """Delete the files."""
+        """Delete the files; a process that was killed may have left one of them."""
         self.values.with_suffix(".rows").unlink()
-        self.values.unlink()
+        self.values.unlink(missing_ok=True)
 
 
 class _OwnShare:

@@ -9,7 +9,7 @@ from utils.batches import StepPlan, plan_steps
 from utils.config import flatten, to_dict
 from utils.devices import memory_bytes, peak_flops
 from utils.distributed import Processes
-from utils.optim import uses_bf16
+from utils.optim import trains_in_bf16
 
 IMAGENET = 1_281_167  # training images, where there are no codes yet
 UTILISATION = 0.4     # of a device's peak, assumed for the hours
@@ -49,7 +49,7 @@ def print_dry_run(config: TrainConfig, processes: Processes) -> None:
     world_size = config.devices.world_size or processes.world_size
     device_bytes = memory_bytes(processes.device, config.devices.device_memory)
     # A named amount of memory means a GPU, also where this machine has none.
-    bf16 = uses_bf16(config.optim.mixed_precision, processes.device) or (
+    bf16 = trains_in_bf16(config.optim.mixed_precision, processes.device) or (
         config.optim.mixed_precision == "auto" and config.devices.device_memory > 0)
     model = gpt_config(config.gpt, *known_codes(config))
     images, footprint = count_images(config, model), measure(model, bf16)

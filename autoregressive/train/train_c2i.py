@@ -41,7 +41,7 @@ from utils.optim import (
     learning_rate,
     set_learning_rate,
     step_if_finite,
-    uses_bf16,
+    trains_in_bf16,
 )
 from utils.run import Run, Work, set_up_logging
 from utils.signals import ignore_in_worker
@@ -72,7 +72,7 @@ def set_up(config: TrainConfig, model_config: GPTConfig, initial: dict[str, Tens
     if compiles(config.parallel.compile, processes.device):
         for block in gpt.blocks:
             block.compile()
-    bf16 = uses_bf16(config.optim.mixed_precision, processes.device)
+    bf16 = trains_in_bf16(config.optim.mixed_precision, processes.device)
     model = parallelize(gpt, gpt.blocks, config.parallel.data_parallel, processes, bf16, config.parallel.shard_size)
     optimizer = make_optimizer(model, config.optim)
     ema = EMA(gpt, config.optim.ema_decay) if config.optim.ema_decay else None
@@ -81,7 +81,7 @@ def set_up(config: TrainConfig, model_config: GPTConfig, initial: dict[str, Tens
 
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
     """bf16 where asked for; sharded models cast their parameters themselves."""
-    enabled = uses_bf16(config.optim.mixed_precision, device) and not config.parallel.sharded
+    enabled = trains_in_bf16(config.optim.mixed_precision, device) and not config.parallel.sharded
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
@@ -137,7 +137,7 @@ def export_gpt(training: TrainState, run: Run, step: int, folder: Path) -> None:
 
 def plan_work(config: TrainConfig, model: GPTConfig, processes: Processes) -> tuple[TrainConfig, Work]:
     """The options with the micro-batch that fits the device, where it is left to us, and what one image costs."""
-    device, devices, bf16 = processes.device, config.devices, uses_bf16(config.optim.mixed_precision, processes.device)
+    device, devices, bf16 = processes.device, config.devices, trains_in_bf16(config.optim.mixed_precision, processes.device)
     footprint, peak = measure(model, bf16), peak_flops(device, devices.peak_tflops)
     if device_bytes := memory_bytes(device, devices.device_memory):
         config = fitted(config, footprint, processes.world_size, device_bytes, bf16)

@@ -45,7 +45,7 @@ from utils.distributed import Processes, average_gradients, setup
 from utils.ema import EMA
 from utils.image_dataset import ImageDataset, train_loader
 from utils.images import open_images
-from utils.optim import clip_gradients, initialise_optimizer, learning_rate, set_learning_rate, step_if_finite, uses_bf16
+from utils.optim import clip_gradients, initialise_optimizer, learning_rate, set_learning_rate, step_if_finite, trains_in_bf16
 from utils.run import Run, set_up_logging
 from utils.train_state import TrainState
 
@@ -235,7 +235,7 @@ def train_step(training: TokenizerState, loader: Iterator[tuple[Tensor, Tensor, 
     """One step of generator and, from --disc-start on, discriminator."""
     loss, device = training.loss, run.processes.device
     discriminating = config.loss.disc_weight > 0 and step >= config.loss.disc_start
-    bf16 = uses_bf16(config.optim.mixed_precision, device)
+    bf16 = trains_in_bf16(config.optim.mixed_precision, device)
     for _ in range(plan.accumulation):
         with run.timed("data"):
             batch = next(loader)
