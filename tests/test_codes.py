@@ -27,7 +27,7 @@ def write_codes(folder: Path, images: int = 48, crops: int = 2, tokenizer: str =
     """A code folder of random codes: 8 semantic, 16 detail, 4x4 grid, three classes, of which `classes` occur."""
     rng = np.random.default_rng(seed)
     header = CodeHeader(tokenizer, [8, 16], 4, 32, crops, "flip", 3, images, source="random")
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     writer = CodeWriter(folder, header, np.arange(images) % classes, ALONE)
     codes = np.stack([rng.integers(0, size, (images, crops, 16)) for size in (8, 16)], axis=2)
     writer.write(np.arange(images), codes.astype(np.uint16))
