@@ -29,7 +29,8 @@ class CodeUsage:
     def add(self, codes: Tensor) -> None:
         """Count codes [B, C, ...]."""
         for counts, stream in zip(self.counts, codes.unbind(1)):
-            counts += torch.bincount(stream.flatten(), minlength=len(counts))
+            chosen = stream.flatten()
+            counts.index_add_(0, chosen, torch.ones_like(chosen))  # a bincount would wait for the device
 
     def reset(self) -> None:
         """Forget all counts."""
