@@ -3,6 +3,8 @@
     python scripts/benchmark.py decode      ms per cell, tokens/s, images/s
     python scripts/benchmark.py train       ms a forward and backward pass, tokens/s
     python scripts/benchmark.py tokenizer   ms to encode, decode and train on an image
+    python scripts/benchmark.py extract     images/s of code extraction, from an npz to the folder
+    python scripts/benchmark.py sample      images/s of sampling, from labels to an npz
     python scripts/benchmark.py evaluate    seconds of each of the evaluator's phases on random features
     NPROC=2 bash scripts/launch.sh scripts/benchmark.py checkpoint    seconds that a training (FSDP2) waits for a checkpoint
 
@@ -42,6 +44,7 @@ from autoregressive.sample.pipeline import load_in
 from autoregressive.train.train_c2i import make_optimizer
 from evaluations.c2i.metrics import feature_statistics, frechet_distance, inception_score, precision_recall
 from scripts import published_structure
+from scripts.benchmark_commands import benchmark_extract, benchmark_sample
 from scripts.benchmark_tokenizer import make_tokenizer, tokenizer_tasks
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils.checkpoint import CheckpointWriter, RunRecord
@@ -50,12 +53,14 @@ from utils.distributed import Processes, parallelize, setup
 from utils.optim import OptimOptions, uses_bf16
 from utils.train_state import TrainState
 
+TASKS = ("decode", "train", "tokenizer", "extract", "sample", "evaluate", "checkpoint")
+
 
 @dataclass
 class BenchmarkConfig:
     """Options of a benchmark."""
 
-    task: tyro.conf.Positional[Annotated[str, choices(("decode", "train", "tokenizer", "evaluate", "checkpoint"))]]
+    task: tyro.conf.Positional[Annotated[str, choices(TASKS)]]
     """What to time."""
     gpt_model: Annotated[str, choices(GPT_models)] = "GPT-B"
     """Size of the GPT."""
@@ -66,7 +71,9 @@ class BenchmarkConfig:
     vq_model: Annotated[str, choices(VQ_models)] = "VQ-16"
     """Preset of the tokenizer."""
     batch_size: Count = 0
-    """Images at once; 0: 4 to decode, with guidance, 2 to train, 1 to pass a tokenizer."""
+    """Images at once; 0: 4 to decode and sample, with guidance, 2 to train, 1 to pass a tokenizer."""
+    images: Count = 0
+    """Extract, sample: images in all; 0: 4 of them on a CPU, 2,048 on a GPU."""
     cells: Count = 32
     """Decode: cells timed, from the first on; 0, or more than there are: the whole grid."""
     repeats: Positive = 5
@@ -205,6 +212,16 @@ def benchmark_tokenizer(config: BenchmarkConfig, device: torch.device, bf16: boo
     return figures
 
 
+def benchmark_commands(config: BenchmarkConfig, gpt: GPT, processes: Processes) -> dict[str, float]:
+    """Whole commands, from files to files: extraction with ten crops, or sampling with guidance."""
+    tokenizer = make_tokenizer(config.vq_model, processes.device)
+    images, batch = config.images or (2048 if processes.device.type == "cuda" else 4), config.batch_size or 4
+    if config.task == "extract":
+        return benchmark_extract(tokenizer, images, config.image_size, config.precision, processes)
+    words = ["--precision", config.precision, "--decode", config.decode]
+    return benchmark_sample(gpt, tokenizer, images, batch, words, processes)
+
+
 def benchmark_evaluate(config: BenchmarkConfig, device: torch.device) -> dict[str, float]:
     """The evaluator's phases after the network, on 10,000 random rows (the inception score: 50,000)."""
     generator = torch.Generator().manual_seed(0)
@@ -257,16 +274,15 @@ def main() -> None:
         gpt = load_in(config.precision, gpt, device)
     bf16 = uses_bf16(config.precision, device) or gpt.cls_embedding.weight.dtype == torch.bfloat16
     rates = machine_rates(device, torch.bfloat16 if bf16 else torch.float32)
-    if config.task == "evaluate":
-        figures: dict[str, Any] = benchmark_evaluate(config, device)
-    elif config.task == "checkpoint":
-        figures = benchmark_checkpoint(config, gpt, processes)
-    elif config.task == "decode":
-        figures = benchmark_decode(config, gpt, device, rates)
-    elif config.task == "tokenizer":
-        figures = benchmark_tokenizer(config, device, bf16)
-    else:
-        figures = benchmark_train(config, gpt, device, rates, bf16)
+    figures = {
+        "decode": lambda: benchmark_decode(config, gpt, device, rates),
+        "train": lambda: benchmark_train(config, gpt, device, rates, bf16),
+        "tokenizer": lambda: benchmark_tokenizer(config, device, bf16),
+        "extract": lambda: benchmark_commands(config, gpt, processes),
+        "sample": lambda: benchmark_commands(config, gpt, processes),
+        "evaluate": lambda: benchmark_evaluate(config, device),
+        "checkpoint": lambda: benchmark_checkpoint(config, gpt, processes),
+    }[config.task]()
     about = {"task": config.task, "gpt_model": config.gpt_model, "paradigm": config.paradigm, "device": str(device),
              "precision": "bf16" if bf16 else "float32", "threads": torch.get_num_threads(), "torch": torch.__version__}
     if processes.is_main:
