@@ -61,18 +61,42 @@ def write_files(world: Path) -> None:
                                                            "image_size": 32, "sampling": sampling})
     torch.save(torch.randperm(16), world / "mapping.pt")
     write_json(world / "figures.json", {"fid": 3.5, "sfid": 4.5, "settings": {"seed": 0}, "precision": 0.5})
+    (world / "rows").mkdir()
+    for name in ("iar2-0100", "iar2-0200"):
+        write_json(world / "rows" / f"{name}.json", {"fid": 3.5, "inception_score": 200.0})
+    write_report(world / "report")
+
+
+def write_report(folder: Path) -> None:
+    """What the quickstart's phases leave for its report."""
+    folder.mkdir()
+    judged = {"class_accuracy": 0.5, "frechet": 2.5, "images": 6}
+    reconstructed = dict.fromkeys(("psnr", "ssim", "usage_semantic", "usage_detail", "perplexity_semantic",
+                                   "perplexity_detail"), 0.5)
+    write_json(folder / "judged.json", {name: judged for name in ("guided", "unguided", "real", "stage2")})
+    for name in ("stage1", "stage2"):
+        write_json(folder / f"{name}.json", reconstructed)
+    for training, metrics in {"vq/semantic": ("perceptual",), "vq/dual": ("pixel",),
+                              "gpt": ("loss_semantic", "loss_detail")}.items():
+        (folder / training).mkdir(parents=True)
+        lines = [json.dumps({"step": step} | dict.fromkeys(metrics, 1 / step)) + "\n" for step in (1, 2, 3)]
+        (folder / training / "metrics.jsonl").write_text("".join(lines))
+    (folder / "phases").mkdir()
+    (folder / "phases" / "gpt").write_text("7\n")
 
 
 def build(world: Path, run: Callable[[Callable[[], None], list[str], Path], int | None]) -> dict[str, str]:
     """Fill an empty folder; run: starts a command in a process of its own.  Returns the path of every entry, for {name}."""
     world.mkdir(parents=True)
     code = run(lambda: write_files(world), [], world)
-    paths = {name: str(next(iter(world.glob(f"{name}.*")), world / name)) for name in (*READERS, "single_codes")}
+    paths = {name: str(next(iter(world.glob(f"{name}.*")), world / name))
+             for name in (*READERS, "single_codes", "semantic", "rows", "report")}
     paths["gpt_args"] = json.dumps({"n_head": TINY_GPT.n_head, "grid_size": TINY_GPT.grid_size})
     making = {
         "classifier": ("classifier", {}, "classifier.safetensors"), "codes": ("extract", {}, "codes"),
         "single_codes": ("extract", {"tokenizer": "single"}, "codes"), "code_map": ("rearrange", {}, "r/code_map.safetensors"),
-        "samples": ("sample", {}, "x.npz"), "run": ("train", {}, "run"), "released": ("export", {}, "x.pt")}
+        "samples": ("sample", {}, "x.npz"), "run": ("train", {}, "run"), "semantic": ("vq train", {}, "run"),
+        "released": ("export", {}, "x.pt")}
     for name, (command, swapped, result) in making.items():
         out = world / "making"
         out.mkdir()
