@@ -1,6 +1,7 @@
-"""No space: each part by itself."""
+"""No space: each part by itself, and a small share of `scripts/full_disk.py`."""
 
 import errno
+import json
 import logging
 import os
 import subprocess
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from tests.conftest import REPOSITORY, call
+from scripts import full_disk
+from tests.conftest import REPOSITORY, call, command
 from tests.test_fuzz import save_images
 from utils.config import UserError, file_error
 from utils.distributed import setup
@@ -19,7 +21,28 @@ from utils.files import replacing
 from utils.run import set_up_logging
 from utils.signals import LAUNCHED
 
+COMMANDS = ("train", "sample", "extract", "export", "evaluate", "report")
 FULL = Path("/dev/full")  # every write to it finds no space
+
+
+def test_a_share_of_the_full_disks_is_refused_and_carried_on(tmp_path):
+    """One sentence wherever space ends; afterwards the same command gives what an undisturbed run gives, and leaves nothing."""
+    done = command("scripts/full_disk.py", "--cases", 2 * len(COMMANDS), "--seed", 5, "--commands", *COMMANDS, "--out",
+                   tmp_path / "cases.json", check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    cases = json.loads((tmp_path / "cases.json").read_text())["cases"]
+    assert {case["command"] for case in cases} == set(COMMANDS)
+    assert sum(case["outcome"] == "refused in one sentence" for case in cases) > len(COMMANDS)
+
+
+def test_only_a_small_file_system_is_filled(tmp_path, monkeypatch):
+    """The system's own disk must not be filled by mistake."""
+    with pytest.raises(UserError, match="is no mount point"):
+        full_disk.check_disk(tmp_path)
+    monkeypatch.setattr(full_disk, "LARGEST_DISK", 0)
+    with pytest.raises(UserError, match="all of which would be filled"):
+        full_disk.check_disk(Path("/"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("full", [("stdout",), ("stdout", "stderr")])
