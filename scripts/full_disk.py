@@ -126,8 +126,9 @@ def files_of(world: World) -> list[Path]:
 
 
 def names_of(world: World) -> dict[str, int]:
-    """Names of these files and how many bear them; TensorBoard's have a name for each run and are left out."""
-    return Counter(str(path.relative_to(world.scratch)) for path in files_of(world) if "tensorboard" not in path.parts)
+    """Names of these files and how many bear them, but not TensorBoard's, of which each run has one more, nor measured rates."""
+    return Counter(str(path.relative_to(world.scratch)) for path in files_of(world)
+                   if "tensorboard" not in path.parts and not path.name.endswith(".rate.json"))
 
 
 def undisturbed(name: str, world: World, space: Space) -> Undisturbed:
