@@ -36,7 +36,8 @@ from tqdm import tqdm
 
 from autoregressive.sample import sample_c2i_ddp
 from autoregressive.train import extract_codes_c2i, train_c2i
-from scripts.fuzz_world import CPU, EXTRACT, GPT_WORDS, SAMPLE, VQ_WORDS, write_files
+from scripts.fuzz_commands import CPU, EXTRACT, GPT_WORDS, SAMPLE, VQ_WORDS
+from scripts.fuzz_world import write_files
 from scripts.paper.table import markdown_table
 from tokenizer.tokenizer_image import vq_train
 from tokenizer.validation import val_ddp

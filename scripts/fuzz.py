@@ -8,17 +8,12 @@ and a process that takes all memory are found, and cost a second.  Case n of a s
 which run a small share of it.
 """
 
-import multiprocessing
-import os
 import random
-import re
-import resource
-import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,20 +21,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started by its path
 
-import numpy as np
-import torch
-from safetensors import safe_open
 from tqdm import tqdm
 
 from scripts import fuzz_damage
+from scripts.fuzz_commands import COMMANDS, READERS, fields_of, words_of
 from scripts.fuzz_damage import Skip, damages_of
-from scripts.fuzz_world import COMMANDS, READERS, Command, build, fields_of, words_of
+from scripts.fuzz_world import World
 from utils.config import AboveZero, Count, Positive, Seed, UserError, declared_values, flag, parse, run_main
 from utils.files import check_writable, write_json
 from utils.untrusted import printable
 
 VALUES = ("nan", "inf", "-inf", "-1", "0", "1e309", "", "9" * 30, "x", "1.5", "-0.5")
-MEMORY = 8 << 30  # bytes of address space that a case may add
 GOOD = ("refused", "harmless", "warned", "accepted", "undetected")
 # Data without a checksum of its own, or that may be absent, which nobody can tell from other data: images, arrays, figures.
 UNDETECTABLE = {".npy": ("flipped", "smallest"), ".npz": ("missing", "renamed"), "figures": ("field",), ".pt": ("flipped",),
@@ -76,86 +68,6 @@ class Case:
     command: str
     outcome: str = ""
     detail: str = ""
-
-
-class World:
-    """The undamaged world, and the folders of the case that runs."""
-
-    def __init__(self, folder: Path, time_limit: float) -> None:
-        self.folder, self.time_limit = folder, time_limit
-        self.out, self.outside = folder / "out", folder / "outside"
-        fuzz_damage.CANARY = folder / "canary"
-        self.outside.mkdir(parents=True)
-        self.paths = build(folder / "pristine", self.run)
-        self.undamaged: dict[str, list[str]] = {}
-
-    def run(self, main: Callable[[], None], words: list[str], out: Path) -> int | None:
-        """Exit code of an entry point in a process of its own; None: it was still running at the time limit."""
-        process = multiprocessing.get_context("fork").Process(target=_child, args=(main, words, out))
-        process.start()
-        process.join(self.time_limit if self.out.exists() else 120)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            return None
-        return process.exitcode
-
-    def fresh(self, copied: tuple[str, ...]) -> dict[str, str]:
-        """Empty the folders of the case, copy entries into them; returns the paths of all entries for this case."""
-        shutil.rmtree(self.out, ignore_errors=True)
-        shutil.rmtree(self.folder / "case", ignore_errors=True)
-        for folder in (self.out, self.folder / "case"):
-            folder.mkdir()
-        (self.outside / "target").write_text("precious\n")
-        paths = dict(self.paths)
-        for name in copied:
-            source, target = Path(paths[name]), self.folder / "case" / Path(paths[name]).name
-            (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
-            paths[name] = str(target)
-        return paths
-
-    def digest(self, command: Command, paths: dict[str, str]) -> list[str]:
-        """The results of a command, comparable."""
-        return [_content(Path(result.format(out=self.out, **paths))) for result in command.results]
-
-    def expected(self, name: str) -> list[str]:
-        """The results of a command on the undamaged world."""
-        if name not in self.undamaged:
-            command, paths = COMMANDS[name], self.fresh(COMMANDS[name].copied)
-            if self.run(command.main, words_of(command, paths, self.out), self.out) != 0:
-                raise UserError(f"{name} fails on the undamaged world: {(self.out / 'stderr').read_text()[-3000:]}")
-            self.undamaged[name] = self.digest(command, paths)
-        return self.undamaged[name]
-
-    def state(self) -> dict[str, tuple[int, int]]:
-        """Size and time of every file that no case may change."""
-        return {str(path): (path.lstat().st_size, path.lstat().st_mtime_ns) for folder in (self.folder / "pristine", self.outside)
-                for path in folder.rglob("*") if not path.is_dir()}
-
-
-def _child(main: Callable[[], None], words: list[str], out: Path) -> None:
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        file = os.open(out / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, number)
-    # The parent's streams may be a notebook's or a test's.
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, errors="backslashreplace") for number in (1, 2))
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
-    os.chdir(out)
-    torch.set_num_threads(1)
-    sys.argv = ["program", *words]
-    run_main(main)
-
-
-def _content(path: Path) -> str:
-    """What a result holds, without what differs between two runs."""
-    if path.suffix == ".npz":
-        with np.load(path) as file:
-            return repr({key: (file[key].shape, file[key].tobytes()) for key in sorted(file.files) if key != "options"})
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            return repr([(key, file.get_tensor(key).numpy().tobytes()) for key in sorted(file.keys())])
-    return re.sub(r'"seconds": .*', "", path.read_bytes().decode("latin1"))
 
 
 def files_below(path: Path) -> dict[str, list[Path]]:
@@ -278,6 +190,7 @@ def run_case(number: int, config: FuzzConfig, world: World) -> Case:
 def make_world(time_limit: float) -> Iterator[World]:
     """A world in a temporary folder, removed at the end."""
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        fuzz_damage.CANARY = Path(folder) / "canary"
         yield World(Path(folder), time_limit)
 
 

@@ -1,128 +1,38 @@
-"""The tiny world that `fuzz.py` damages: a file or folder of every kind that the commands read, made by the commands."""
+"""The tiny world of `fuzz.py` and `full_disk.py`: an entry of every kind that the commands read, and how they are run on it."""
 
 import dataclasses
 import json
+import multiprocessing
+import os
+import re
+import resource
 import shutil
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_type_hints
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import safe_open
+from tqdm import tqdm
 
 from autoregressive.models.gpt import GPT
 from autoregressive.models.transformer import GPTConfig
-from autoregressive.sample import sample_c2i, sample_c2i_ddp
-from autoregressive.train import evaluate_c2i, extract_codes_c2i, train_c2i
-from evaluations.c2i import classifier, judge
-from evaluations.c2i.evaluation_file import STATISTICS, EvaluationFile
-from evaluations.c2i.evaluator import find_pitfalls
-from scripts import released_weights
-from scripts.paper import plot_losses, table
-from tokenizer.tokenizer_image import rearrange, reconstruction_vq_ddp, vq_train
+from evaluations.c2i.evaluation_file import STATISTICS
+from scripts.fuzz_commands import COMMANDS, READERS, Command, words_of
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
-from tokenizer.validation import val_ddp
 from utils.checkpoint import export, fingerprint
+from utils.config import UserError, run_main
 from utils.files import write_json
 
+MEMORY = 8 << 30  # bytes of address space that a case may add
 TINY_VQ = VQConfig(codebook_sizes=(8, 16), channels=8, encoder_multipliers=(1, 2), decoder_multipliers=(1, 2), latent_channels=8,
                    residual_blocks=1, stem=4, norm_groups=4)
 TINY_GPT = GPTConfig(dim=48, n_layer=2, n_head=4, head_layers=2, num_classes=3, grid_size=4, codebook_sizes=(8, 16),
                      token_dropout=0.0, resid_dropout=0.0, ffn_dropout=0.0, class_dropout=0.0, ffn_multiple_of=256)
-CPU = "--device cpu"
-
-
-@dataclass(frozen=True)
-class Command:
-    """One command line on the world, and what it writes."""
-
-    main: Callable[[], None]
-    words: str                     # {name}: an entry of the world; {out}: the case's own folder
-    results: tuple[str, ...]       # files below {out} (or {name}), which must be the same after harmless damage
-    options: type | None = None    # the dataclass of its command line
-    copied: tuple[str, ...] = ()   # entries that it writes to
-
-
-def print_evaluation_file() -> None:
-    """What the evaluator reads of both files, without the network."""
-    reference, sample = (EvaluationFile(Path(path), name) for name, path in zip(("REF", "SAMPLE"), sys.argv[1:]))
-    print(*find_pitfalls(reference, sample, "generation"), file=sys.stderr)
-    for file in (reference, sample):
-        print(file.kind, file.count, file.labels(), *(file.statistic(key) for key in STATISTICS), sep="\n")
-        for batch in file.batches(4) if file.count else ():
-            print(batch.sum(), batch.dtype)
-
-
-GPT_WORDS = ("--gpt-model GPT-tiny --codebook-sizes 8 16 --image-size 32 --downsample-size 8 --num-classes 3 "
-             "--global-batch-size 6 --num-workers 0 --data-parallel none --log-every 1 " + CPU)
-VQ_WORDS = ("--vq-model VQ-8-small --codebook-sizes 8 16 --image-size 32 --global-batch-size 4 --num-workers 0 --disc-channels 4 "
-            "--perceptual-net classifier --perceptual-file {classifier} --val-limit 4 " + CPU)
-EXTRACT = "--image-size 32 --augmentation flip --num-workers 0 --code-path {out}/codes " + CPU
-SAMPLE = "--gpt-ckpt {gpt} --vq-ckpt {tokenizer} --cfg-scale 1.5 3 --num-samples 6 --batch-size 6 --out {out}/x.npz " + CPU
-
-COMMANDS: dict[str, Command] = {
-    "train": Command(train_c2i.main, f"--code-path {{codes}} --run-dir {{out}}/run --steps 1 {GPT_WORDS}",
-                     ("{out}/run/gpt.safetensors",), train_c2i.TrainConfig),
-    "train mapped": Command(train_c2i.main, "--code-path {single_codes} --code-map {code_map} --run-dir {out}/run --steps 1 "
-                            + GPT_WORDS.replace("8 16", "16"), ("{out}/run/gpt.safetensors",)),
-    "resume": Command(train_c2i.main, f"--code-path {{codes}} --run-dir {{run}} --steps 2 {GPT_WORDS}",
-                      ("{run}/gpt.safetensors",), copied=("run",)),
-    "evaluate": Command(evaluate_c2i.main, f"--gpt-ckpt {{gpt}} --code-path {{codes}} --out {{out}}/x.json {CPU}",
-                        ("{out}/x.json",), evaluate_c2i.EvaluateConfig),
-    "evaluate checkpoint": Command(evaluate_c2i.main, f"--gpt-ckpt {{run}}/checkpoints/step-00000001 --code-path {{codes}} "
-                                   f"--out {{out}}/x.json {CPU}", ("{out}/x.json",)),
-    "sample": Command(sample_c2i_ddp.main, SAMPLE, ("{out}/x.npz",), sample_c2i_ddp.SampleConfig),
-    "reject": Command(sample_c2i_ddp.main, SAMPLE + " --classifier {classifier} --rejection-ratio 2", ("{out}/x.npz",)),
-    "grid": Command(sample_c2i.main, f"--gpt-ckpt {{gpt}} --vq-ckpt {{tokenizer}} --cfg-scale 1.5 3 --classes 0 2 --per-class 2 "
-                    f"--out {{out}}/x.png {CPU}", ("{out}/x.png",), sample_c2i.GridConfig),
-    "vq train": Command(vq_train.main, f"--data-path {{images}} --run-dir {{out}}/run --steps 1 {VQ_WORDS}",
-                        ("{out}/run/tokenizer.safetensors",), vq_train.VQTrainConfig),
-    "extract": Command(extract_codes_c2i.main, "--data-path {images} --vq-ckpt {tokenizer} " + EXTRACT,
-                       ("{out}/codes/codes.npy", "{out}/codes/header.json"), extract_codes_c2i.ExtractConfig),
-    "extract npz": Command(extract_codes_c2i.main, "--data-path {images_npz} --vq-ckpt {tokenizer} " + EXTRACT,
-                           ("{out}/codes/codes.npy", "{out}/codes/header.json")),
-    "reconstruct": Command(reconstruction_vq_ddp.main, "--data-path {images} --vq-ckpt {tokenizer} --image-size 32 "
-                           "--num-workers 0 --perceptual-net classifier --perceptual-file {classifier} --out {out}/x.npz " + CPU,
-                           ("{out}/x.npz",), reconstruction_vq_ddp.ReconstructionConfig),
-    "reference": Command(val_ddp.main, "--data-path {images} --image-size 32 --num-workers 0 --out {out}/x.npz", ("{out}/x.npz",),
-                         val_ddp.ValidationConfig),
-    "classifier": Command(classifier.main, f"--data-path {{images_npz}} --widths 4 4 --epochs 1 --batch-size 6 --out "
-                          f"{{out}}/classifier.safetensors {CPU}", ("{out}/classifier.safetensors",),
-                          classifier.ClassifierTrainConfig),
-    "judge": Command(judge.main, f"--classifier {{classifier}} --reference {{images}} --samples {{samples}} --out "
-                     f"{{out}}/x.json {CPU}", ("{out}/x.json",), judge.JudgeConfig),
-    "rearrange": Command(rearrange.main, "--vq-ckpt {single} --clusters 4 --out {out}/r", ("{out}/r/code_map.safetensors",),
-                         rearrange.RearrangeConfig),
-    "mapping": Command(rearrange.main, "--vq-ckpt {single} --clusters 4 --mapping {mapping} --out {out}/r",
-                       ("{out}/r/code_map.safetensors",)),
-    "import": Command(released_weights.main, "iar2-gpt {released} {out}/r --model-args {gpt_args}", ("{out}/r/gpt.safetensors",),
-                      released_weights.ReleasedConfig),
-    "export": Command(released_weights.main, "iar2-gpt {gpt} {out}/x.pt --export", ("{out}/x.pt",)),
-    "evaluator files": Command(print_evaluation_file, "{statistics} {samples}", ("{out}/stdout",)),
-    "losses": Command(plot_losses.main, "{run} --out {out}/x.png", ("{out}/x.json",), plot_losses.PlotConfig),
-    "table": Command(table.main, "merge {figures} --folder {out} --name row", ("{out}/row.json",), table.TableConfig),
-}
-
-# Which commands read an entry of the world.
-READERS = {
-    "codes": ("train", "evaluate", "resume"), "images": ("vq train", "extract", "reconstruct", "reference", "judge"),
-    "images_npz": ("extract npz", "classifier"), "tokenizer": ("extract", "reconstruct", "sample"),
-    "gpt": ("evaluate", "sample", "grid", "export"), "classifier": ("judge", "reject", "vq train"), "single": ("rearrange",),
-    "code_map": ("train mapped",), "mapping": ("mapping",), "run": ("resume", "evaluate checkpoint", "losses"),
-    "samples": ("judge", "evaluator files"), "statistics": ("evaluator files",), "released": ("import",), "figures": ("table",),
-}
-
-
-def fields_of(config: type) -> list[tuple[str, Any]]:
-    """(name, declared type) of all flags of a command line."""
-    found: list[tuple[str, Any]] = []
-    for name, hint in get_type_hints(config, include_extras=True).items():
-        nested = isinstance(hint, type) and dataclasses.is_dataclass(hint)
-        found += fields_of(hint) if nested else [(name, hint)]
-    return found
 
 
 def write_files(world: Path) -> None:
@@ -151,18 +61,42 @@ def write_files(world: Path) -> None:
                                                            "image_size": 32, "sampling": sampling})
     torch.save(torch.randperm(16), world / "mapping.pt")
     write_json(world / "figures.json", {"fid": 3.5, "sfid": 4.5, "settings": {"seed": 0}, "precision": 0.5})
+    (world / "rows").mkdir()
+    for name in ("iar2-0100", "iar2-0200"):
+        write_json(world / "rows" / f"{name}.json", {"fid": 3.5, "inception_score": 200.0})
+    write_report(world / "report")
+
+
+def write_report(folder: Path) -> None:
+    """What the quickstart's phases leave for its report."""
+    folder.mkdir()
+    judged = {"class_accuracy": 0.5, "frechet": 2.5, "images": 6}
+    reconstructed = dict.fromkeys(("psnr", "ssim", "usage_semantic", "usage_detail", "perplexity_semantic",
+                                   "perplexity_detail"), 0.5)
+    write_json(folder / "judged.json", {name: judged for name in ("guided", "unguided", "real", "stage2")})
+    for name in ("stage1", "stage2"):
+        write_json(folder / f"{name}.json", reconstructed)
+    for training, metrics in {"vq/semantic": ("perceptual",), "vq/dual": ("pixel",),
+                              "gpt": ("loss_semantic", "loss_detail")}.items():
+        (folder / training).mkdir(parents=True)
+        lines = [json.dumps({"step": step} | dict.fromkeys(metrics, 1 / step)) + "\n" for step in (1, 2, 3)]
+        (folder / training / "metrics.jsonl").write_text("".join(lines))
+    (folder / "phases").mkdir()
+    (folder / "phases" / "gpt").write_text("7\n")
 
 
 def build(world: Path, run: Callable[[Callable[[], None], list[str], Path], int | None]) -> dict[str, str]:
     """Fill an empty folder; run: starts a command in a process of its own.  Returns the path of every entry, for {name}."""
     world.mkdir(parents=True)
     code = run(lambda: write_files(world), [], world)
-    paths = {name: str(next(iter(world.glob(f"{name}.*")), world / name)) for name in (*READERS, "single_codes")}
+    paths = {name: str(next(iter(world.glob(f"{name}.*")), world / name))
+             for name in (*READERS, "single_codes", "semantic", "rows", "report")}
     paths["gpt_args"] = json.dumps({"n_head": TINY_GPT.n_head, "grid_size": TINY_GPT.grid_size})
     making = {
         "classifier": ("classifier", {}, "classifier.safetensors"), "codes": ("extract", {}, "codes"),
         "single_codes": ("extract", {"tokenizer": "single"}, "codes"), "code_map": ("rearrange", {}, "r/code_map.safetensors"),
-        "samples": ("sample", {}, "x.npz"), "run": ("train", {}, "run"), "released": ("export", {}, "x.pt")}
+        "samples": ("sample", {}, "x.npz"), "run": ("train", {}, "run"), "semantic": ("vq train", {}, "run"),
+        "released": ("export", {}, "x.pt")}
     for name, (command, swapped, result) in making.items():
         out = world / "making"
         out.mkdir()
@@ -176,6 +110,86 @@ def build(world: Path, run: Callable[[Callable[[], None], list[str], Path], int 
     return paths
 
 
-def words_of(command: Command, paths: dict[str, str], out: Path) -> list[str]:
-    """The command line on the given paths."""
-    return [word.format(out=out, **paths) for word in command.words.split()]
+class World:
+    """The undamaged world, and the folders of the case that runs; scratch: where these lie, if not beside the world."""
+
+    def __init__(self, folder: Path, time_limit: float, scratch: Path | None = None) -> None:
+        self.folder, self.time_limit, self.scratch = folder, time_limit, scratch or folder
+        self.out, self.case, self.outside = self.scratch / "out", self.scratch / "case", folder / "outside"
+        self.outside.mkdir(parents=True)
+        self.paths = build(folder / "pristine", self.run)
+        self.undamaged: dict[str, list[str]] = {}
+
+    def run(self, main: Callable[[], None], words: list[str], out: Path, stderr: int | None = None,
+            watch: Callable[[], None] = lambda: None) -> int | None:
+        """Exit code of an entry point in a process of its own; None: it was still running at the time limit.
+
+        stderr: file descriptor of its standard error, None: a file in `out`; watch: called again and again while it runs.
+        """
+        process = multiprocessing.get_context("fork").Process(target=_child, args=(main, words, out, stderr))
+        process.start()
+        end = time.monotonic() + (self.time_limit if self.out.exists() else 120)
+        while process.is_alive() and time.monotonic() < end:
+            watch()
+            process.join(0.002)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            return None
+        return process.exitcode
+
+    def fresh(self, copied: tuple[str, ...]) -> dict[str, str]:
+        """Empty the folders of the case, copy entries into them; returns the paths of all entries for this case."""
+        for folder in (self.out, self.case):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        (self.outside / "target").write_text("precious\n")
+        paths = dict(self.paths)
+        for name in copied:
+            source, target = Path(paths[name]), self.case / Path(paths[name]).name
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+            paths[name] = str(target)
+        return paths
+
+    def digest(self, command: Command, paths: dict[str, str]) -> list[str]:
+        """The results of a command, comparable."""
+        return [_content(Path(result.format(out=self.out, **paths))) for result in command.results]
+
+    def expected(self, name: str) -> list[str]:
+        """The results of a command on the undamaged world."""
+        if name not in self.undamaged:
+            command, paths = COMMANDS[name], self.fresh(COMMANDS[name].copied)
+            if self.run(command.main, words_of(command, paths, self.out), self.out) != 0:
+                raise UserError(f"{name} fails on the undamaged world: {(self.out / 'stderr').read_text()[-3000:]}")
+            self.undamaged[name] = self.digest(command, paths)
+        return self.undamaged[name]
+
+    def state(self) -> dict[str, tuple[int, int]]:
+        """Size and time of every file that no case may change."""
+        return {str(path): (path.lstat().st_size, path.lstat().st_mtime_ns) for folder in (self.folder / "pristine", self.outside)
+                for path in folder.rglob("*") if not path.is_dir()}
+
+
+def _child(main: Callable[[], None], words: list[str], out: Path, stderr: int | None) -> None:
+    for number, name, file in ((1, "stdout", None), (2, "stderr", stderr)):
+        os.dup2(os.open(out / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if file is None else file, number)
+    # The parent's streams may be a notebook's or a test's.
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, errors="backslashreplace") for number in (1, 2))
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
+    os.chdir(out)
+    torch.set_num_threads(1)
+    getattr(tqdm, "_instances", set()).clear()  # the parent's bars are not this process's to move or close
+    sys.argv = ["program", *words]
+    run_main(main)
+
+
+def _content(path: Path) -> str:
+    """What a result holds, without what differs between two runs."""
+    if path.suffix == ".npz":
+        with np.load(path) as file:
+            return repr({key: (file[key].shape, file[key].tobytes()) for key in sorted(file.files) if key != "options"})
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            return repr([(key, file.get_tensor(key).numpy().tobytes()) for key in sorted(file.keys())])
+    return re.sub(r'"seconds": .*', "", path.read_bytes().decode("latin1"))

@@ -9,49 +9,51 @@ cd "$REPOSITORY"
 OUT="${OUT:-runs/quickstart}"
 SCALE="${SCALE:-1}"
 DATA=scripts/data/fashion_mnist
-mkdir -p "$OUT/phases"
+mkdir -p "$OUT/phases" 2>/dev/null || cannot_write "$OUT/phases"
 
 steps() { "$PYTHON" -c "import math; print(max(math.ceil($1 * $SCALE), ${2:-4}))"; }
 
 # phase NAME COMMAND...: run a command unless it has finished before, and keep its seconds over all tries.
 phase() {
-    local name="$1" started before=0 clock; shift
-    [ -e "$OUT/phases/$name" ] && return 0
+    local name="$1" started before=0; shift
+    [ ! -e "$OUT/phases/$name" ] || return 0
     echo "== $name" >&2
-    started=$(date +%s)
-    [ -e "$OUT/phases/.$name" ] && before=$(cat "$OUT/phases/.$name")
-    clock="echo \$((\$(date +%s) - $started + $before)) > '$OUT/phases/.$name'"
-    trap "$clock" EXIT
+    [ ! -e "$OUT/phases/.$name" ] || before=$(cat "$OUT/phases/.$name")
+    started=$(( $(date +%s) - before ))
+    trap "(clock $name $started) 2>/dev/null || true" EXIT
     "$@"
     trap - EXIT
-    eval "$clock"
+    clock "$name" "$started"
     mv "$OUT/phases/.$name" "$OUT/phases/$name"
 }
+# clock NAME SECOND: keep the seconds since then
+clock() { keep "$OUT/phases/.$1" $(( $(date +%s) - $2 )); }
 
 SHAPE=(--image-size 32 --num-workers 0)
 PERCEPTUAL=(--perceptual-net classifier --perceptual-file "$OUT/teacher.safetensors")
 
 # Two classifiers: one teaches the tokenizer what looks alike, the other, wider and of another seed, judges.
 classifier() {
-    "$PYTHON" evaluations/c2i/classifier.py --data-path ${DATA}_train.npz --image-size 32 "$@"
+    python evaluations/c2i/classifier.py --data-path ${DATA}_train.npz --image-size 32 "$@"
 }
 phase teacher classifier --out "$OUT/teacher.safetensors" --epochs "$(steps 3 1)" --seed 1
 phase judge classifier --out "$OUT/judge.safetensors" --widths 48 96 128 --epochs "$(steps 5 1)" --seed 2
 
 tokenizer() {
     NPROC=1 STAGE1="--steps $(steps 500)" STAGE2="--steps $(steps 2800) --revive-every 50" \
-        bash scripts/tokenizer/train_dual_vq.sh --run-dir "$OUT/vq" --data-path ${DATA}_train.npz --val-path ${DATA}_test.npz \
+        supervised bash scripts/tokenizer/train_dual_vq.sh \
+        --run-dir "$OUT/vq" --data-path ${DATA}_train.npz --val-path ${DATA}_test.npz \
         --vq-model VQ-8-small --codebook-sizes 128 512 "${SHAPE[@]}" "${PERCEPTUAL[@]}" --no-random-crop --no-random-flip \
         --global-batch-size 16 --lr 1e-3 --lr-end 5e-5 --ema-decay 0.99 --codebook-init kmeans \
         --kmeans-vectors 32768 --log-every 50 --checkpoint-every 250 --mixed-precision none
 }
 phase tokenizer tokenizer
 
-phase codes "$PYTHON" autoregressive/train/extract_codes_c2i.py --data-path ${DATA}_train.npz "${SHAPE[@]}" \
+phase codes python autoregressive/train/extract_codes_c2i.py --data-path ${DATA}_train.npz "${SHAPE[@]}" \
     --vq-ckpt "$OUT/vq/dual" --code-path "$OUT/codes" --augmentation none
 
 gpt() {
-    NPROC=1 bash scripts/autoregressive/train_c2i.sh --gpt-model GPT-tiny --image-size 32 --downsample-size 8 \
+    NPROC=1 supervised bash scripts/autoregressive/train_c2i.sh --gpt-model GPT-tiny --image-size 32 --downsample-size 8 \
         --codebook-sizes 128 512 --num-classes 10 --code-path "$OUT/codes" --run-dir "$OUT/gpt" --data-parallel none \
         --steps "$(steps 520)" --global-batch-size 128 --lr 2e-3 --lr-end 2e-4 --lr-schedule cosine --warmup-steps 20 \
         --ema-decay 0.99 --num-workers 0 --log-every 20 --checkpoint-every 100 --mixed-precision none
@@ -60,22 +62,22 @@ phase gpt gpt
 
 MODELS=(--gpt-ckpt "$OUT/gpt" --vq-ckpt "$OUT/vq/dual")
 sample() {
-    "$PYTHON" autoregressive/sample/sample_c2i_ddp.py "${MODELS[@]}" --per-class "$(steps 100 2)" --batch-size 250 "$@"
+    python autoregressive/sample/sample_c2i_ddp.py "${MODELS[@]}" --per-class "$(steps 100 2)" --batch-size 250 "$@"
 }
 phase sample_guided sample --out "$OUT/guided.npz"
 phase sample_unguided sample --cfg-scale 1 --out "$OUT/unguided.npz"
-phase sample_grid "$PYTHON" autoregressive/sample/sample_c2i.py "${MODELS[@]}" --out "$OUT/samples.png" --per-class 10 \
+phase sample_grid python autoregressive/sample/sample_c2i.py "${MODELS[@]}" --out "$OUT/samples.png" --per-class 10 \
     --classes 0 1 2 3 4 5 6 7 8 9 \
     --class-names T-shirt trousers pullover dress coat sandal shirt sneaker bag boot
 
 reconstruct() {
-    "$PYTHON" tokenizer/tokenizer_image/reconstruction_vq_ddp.py --data-path ${DATA}_test.npz "${SHAPE[@]}" \
+    python tokenizer/tokenizer_image/reconstruction_vq_ddp.py --data-path ${DATA}_test.npz "${SHAPE[@]}" \
         "${PERCEPTUAL[@]}" "$@"
 }
 phase reconstruct_semantic reconstruct --vq-ckpt "$OUT/vq/semantic" --streams semantic --out "$OUT/stage1.npz"
 phase reconstruct_dual reconstruct --vq-ckpt "$OUT/vq/dual" --out "$OUT/stage2.npz"
 
-phase evaluate "$PYTHON" evaluations/c2i/judge.py --classifier "$OUT/judge.safetensors" --reference ${DATA}_test.npz \
+phase evaluate python evaluations/c2i/judge.py --classifier "$OUT/judge.safetensors" --reference ${DATA}_test.npz \
     --samples "$OUT/guided.npz" "$OUT/unguided.npz" "$OUT/stage1.npz" "$OUT/stage2.npz" --out "$OUT/judged.json"
 
-"$PYTHON" scripts/quickstart_report.py --folder "$OUT"
+python scripts/quickstart_report.py --folder "$OUT"

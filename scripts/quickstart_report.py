@@ -1,6 +1,5 @@
 """Gather what the quickstart's phases measured in figures.json and report.md."""
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from matplotlib.figure import Figure
 
 from scripts.paper.plot_losses import read_curve
 from utils.config import parse, run_main
-from utils.files import write_json
+from utils.files import read_json, write_json, write_text
+from utils.pictures import save_picture
 
 
 @dataclass
@@ -35,14 +35,14 @@ def draw_curves(folder: Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend()
     figure.tight_layout()
-    figure.savefig(folder / "curves.png", dpi=90)
+    save_picture(figure, folder / "curves.png", dpi=90)
 
 
 def gather(folder: Path) -> dict[str, Any]:
     """All figures, from the files that the phases wrote."""
-    judged = json.loads((folder / "judged.json").read_text())
+    judged, semantic, dual = (read_json(folder / f"{name}.json", "--folder", "the quickstart's figures")
+                              for name in ("judged", "stage1", "stage2"))
     guided, unguided, real, reconstructed = (judged[name] for name in ("guided", "unguided", "real", "stage2"))
-    semantic, dual = (json.loads((folder / f"{name}.json").read_text()) for name in ("stage1", "stage2"))
     return {
         "psnr_semantic": semantic["psnr"], "psnr_dual": dual["psnr"], "ssim_dual": dual["ssim"],
         **{name: dual[name] for name in ("usage_semantic", "usage_detail", "perplexity_semantic", "perplexity_detail")},
@@ -110,7 +110,7 @@ def main() -> None:
     figures = gather(folder)
     draw_curves(folder)
     write_json(folder / "figures.json", figures)
-    (folder / "report.md").write_text(report(figures))
+    write_text(folder / "report.md", report(figures))
     for name, value in figures.items():
         print(f"{name:30} {value if isinstance(value, (int, dict)) else f'{value:.4f}'}")
     print(f"report: {folder / 'report.md'}")

@@ -1,5 +1,6 @@
 # Sourced by the other scripts.  Sets PYTHON to an interpreter that has requirements.txt, making .venv if none has, and
-# defines `launch SCRIPT OPTIONS...`.  Environment variables, as for torchrun:
+# defines `launch SCRIPT OPTIONS...`.  Whatever takes long is started by it, `python` or `supervised`, which pass signals on.
+# Environment variables, as for torchrun:
 #   NPROC        processes on this node; default: the GPUs this shell may use, 1 without any
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several nodes; the same command on each
 #   MAX_RESTARTS how often several processes are started again after one was killed; default 3
@@ -71,26 +72,53 @@ launch() {
     [[ " $* " != *" --help "* && " $* " != *" -h "* ]] || processes=1 nodes=1
     processes="${processes:-$(gpus)}"
     if [ "$processes" = 1 ] && [ "$nodes" = 1 ]; then
-        supervised "$PYTHON" "$script" "$@"
+        python "$script" "$@"
     else
-        NPROC="$processes" NNODES="$nodes" supervised "$PYTHON" "$REPOSITORY/scripts/launch.py" "$script" "$@"
+        NPROC="$processes" NNODES="$nodes" python "$REPOSITORY/scripts/launch.py" "$script" "$@"
     fi
 }
 
-# supervised COMMAND...: run it and pass signals on to it, which bash alone would keep to itself.
+# What is ignored from the start, as INT is in the background, cannot be trapped, and `trap -` would make it deadly.
+SIGNALS="TERM USR1 INT"
+[ -z "$(trap -p INT)" ] || SIGNALS="TERM USR1"
+
+# supervised COMMAND...: run it and pass signals on to it, which bash alone would keep to itself.  The status is the command's,
+# but 143 (INT: 130) where it ended well after it was asked to stop: what follows must not start.
 supervised() {
-    local child status=0
+    local child="" asked="" status=0 each
+    for each in $SIGNALS; do trap "pass_on $each" "$each"; done
     "$@" <&0 & child=$!
-    trap 'kill -TERM $child' TERM
-    trap 'kill -USR1 $child' USR1
-    trap 'kill -INT $child' INT
+    [ -z "$asked" ] || pass_on "$asked"  # it came before the child had a number
     while :; do
         status=0; wait "$child" || status=$?
         kill -0 "$child" 2>/dev/null || break  # a signal ends the waiting, not the child
     done
-    trap - TERM USR1 INT
+    trap - $SIGNALS
+    if [ -n "$asked" ] && (( status == 0 || status > 128 )); then
+        [ "$asked" = INT ] && status=130 || status=143
+    fi
     return "$status"
 }
+
+python() { supervised "$PYTHON" "$@"; }
+
+# pass_on SIGNAL: the part of `supervised` that a signal calls.  A shell in the background ignores INT, and so does Python there
+# while it imports: they are told TERM, which ends them in the same way.
+pass_on() {
+    local signal="$1" name mask
+    asked="${asked:-$1}"
+    [ -n "$child" ] || return 0
+    if [ "$signal" = INT ]; then
+        while read -r name mask; do
+            [ "$name" != SigIgn: ] || (( (0x$mask & 2) == 0 )) || signal=TERM
+        done 2>/dev/null < "/proc/$child/status" || true  # no such file: another system, or it has ended
+    fi
+    kill "-$signal" "$child" 2>/dev/null || true
+}
+
+# keep FILE TEXT: write a file, whole or not at all
+keep() { { echo "$2" > "$1.new" && mv "$1.new" "$1"; } 2>/dev/null || cannot_write "$1"; }
+cannot_write() { echo "error: $1 cannot be written: make space; the same command then carries on." >&2; exit 2; }
 
 find_python
 export PYTHON REQUIREMENTS_MET_BY="$PYTHON"

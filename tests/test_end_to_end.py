@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 from PIL import Image
@@ -11,18 +12,27 @@ from PIL import Image
 from tests.conftest import REPOSITORY
 
 
-def quickstart(out) -> subprocess.CompletedProcess:
-    """Run the quickstart's command at a fiftieth of its length."""
+def quickstart(out, asked=None) -> subprocess.CompletedProcess:
+    """Run the quickstart's command at a fiftieth of its length; asked: a file, on whose appearance it is asked to stop."""
     environment = os.environ | {"OUT": str(out), "SCALE": "0.02", "PYTHON": sys.executable}
-    return subprocess.run(["bash", "scripts/quickstart.sh"], cwd=REPOSITORY, env=environment, capture_output=True,
-                          text=True)
+    process = subprocess.Popen(["bash", "scripts/quickstart.sh"], cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    while asked and not asked.exists() and process.poll() is None:
+        time.sleep(0.1)
+    if asked:
+        process.terminate()
+    output, error = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, error)
 
 
 def test_quickstart_leaves_a_report_and_does_nothing_twice(tmp_path):
-    """The first command a newcomer types: figures, pictures and report are there, and a second call is a glance."""
-    first = quickstart(tmp_path / "quickstart")
-    assert first.returncode == 0, first.stderr[-3000:]
+    """The first command a newcomer types: asked to stop it carries on, all figures are there, and another call is a glance."""
     folder = tmp_path / "quickstart"
+    cut = quickstart(folder, folder / "vq" / "semantic" / "options.json")
+    assert cut.returncode == 143 and "Traceback" not in cut.stderr, cut.stderr[-3000:]
+    assert {path.name for path in (folder / "phases").iterdir()} == {"teacher", "judge", ".tokenizer"}
+    first = quickstart(folder)
+    assert first.returncode == 0 and first.stderr.startswith("== tokenizer"), first.stderr[-3000:]
     figures = json.loads((folder / "figures.json").read_text())
     wanted = {"psnr_semantic", "psnr_dual", "usage_semantic", "usage_detail", "class_accuracy_guided",
               "class_accuracy_unguided", "class_accuracy_real", "class_accuracy_reconstructed", "frechet_samples",

@@ -25,6 +25,7 @@ from evaluations.c2i.metrics import (
     nearest_radii,
     precision_recall,
 )
+from scripts.fuzz_commands import FEW, FewFeatures
 from utils.config import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -208,24 +209,20 @@ def test_cached_features_are_used_again(command_line, batches, weights, tmp_path
     assert all(first[key] == second[key] for key in evaluator.METRICS)
 
 
-SMALL = {"mu": (64,), "sigma": (64, 64), "mu_s": (36,), "sigma_s": (36, 36)}
-
-
-class StubNetwork(torch.nn.Module):
-    """A few cheap features, for what does not depend on their values."""
+class StubNetwork(FewFeatures):
+    """Counts its batches."""
 
     calls = 0
 
     def forward(self, images):
         StubNetwork.calls += 1
-        flat = images.float().flatten(1)[:, :64] / 255
-        return flat, flat[:, :36], flat[:, :8].softmax(1)
+        return super().forward(images)
 
 
 @pytest.fixture
 def small(monkeypatch) -> None:
     """Fewer features, so that files of statistics stay small."""
-    monkeypatch.setattr(evaluation_file, "STATISTICS", SMALL)
+    monkeypatch.setattr(evaluation_file, "STATISTICS", FEW)
     monkeypatch.setattr(features, "POOL_FEATURES", 64)
     monkeypatch.setattr(features, "CLASSES", 8)
 
@@ -287,7 +284,7 @@ def test_unwritable_folder_only_costs_the_cache(stub, images, tmp_path, monkeypa
 
 
 def statistics(value: float) -> dict[str, np.ndarray]:
-    return {key: np.full(shape, value, np.float32) for key, shape in SMALL.items()}
+    return {key: np.full(shape, value, np.float32) for key, shape in FEW.items()}
 
 
 def test_stored_statistics_replace_those_of_the_images(stub, images, tmp_path):

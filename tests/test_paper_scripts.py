@@ -175,7 +175,7 @@ def test_equal_time_is_measured_once(tmp_path):
         "OUT": str(tmp_path), "DATA": "d", "VAL": "v", "REFERENCE": "r", "MODEL": "GPT-tiny", "SIZE": "64", "EPOCHS": "10",
         "NPROC": "1", "GPT_OPTIONS": training, "PYTHON": sys.executable, "REQUIREMENTS_MET_BY": sys.executable,
         "OMP_NUM_THREADS": "1"}
-    script = f"source {FOLDER}/common.sh; DUAL=dual-8-16; equal_time '--context none' ''"
+    script = f"source {FOLDER}/common.sh; DUAL=dual-8-16; equal_time '--context none' ''; echo $EPOCHS"
     first, second = (subprocess.run(["bash", "-c", script, FOLDER / "x.sh"], env=environment, capture_output=True, text=True)
                      for _ in range(2))
     rates = {path.name: float(path.read_text()) for path in (tmp_path / "rates" / "dual-8-16").iterdir()}

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from utils.config import UserError, flatten
+from utils.config import UserError, file_error, flatten
 from utils.distributed import Processes, full_tensor, lost_peer, patient_group
 from utils.files import replacing, require_same, write_json
 from utils.untrusted import available_memory, check_checkpoint_files, parse_json, printable, read_fields, read_text, shortened
@@ -131,7 +131,10 @@ def _reason(error: BaseException) -> str:
     """What went wrong, in one line; of several processes the first that failed."""
     if isinstance(error, CheckpointException) and error.failures:
         error = min(error.failures.items())[1][0]
-    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
+    error = file_error(error) or error
+    text = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
+    # A place in torch's source is all that comes from another process, where the cause stays.
+    return "a file could not be written to its end" if "inline_container" in text else text
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path, int] | None:

@@ -13,13 +13,15 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TextIO, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
+from tqdm import tqdm
 from tyro.constructors import PrimitiveConstructorSpec
 
 from utils.signals import LAUNCHED, RETRY, leaving_at_once
@@ -85,9 +87,10 @@ Device = Annotated[str, choices(("auto", "cuda", "cpu"))]
 Precision = Annotated[str, choices(("auto", "bf16", "none"))]
 
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What is said of files in one sentence: no space, a folder in the place of a file, or the other way round, no permission.
-_FILE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM,
-                errno.ENAMETOOLONG)
+_FILE_ERRORS = (*NO_SPACE, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+_print_thread_error = threading.excepthook
 
 
 def flag(name: str) -> str:
@@ -201,13 +204,17 @@ def require_multiple(option: str, value: int, divisor: int, of: str) -> None:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run an entry point; a UserError becomes one line on standard error and exit code 2, never a traceback."""
+    """Run an entry point; a UserError becomes one line on standard error and exit code 2, never a traceback.
+
+    So does a file that cannot be read or written, such as one on a full disk.
+    """
+    threading.excepthook = _thread_failed
     try:
         try:
             with leaving_at_once():
                 main()
         finally:  # also when --help has left by SystemExit: a broken pipe is met here and not at the interpreter's end
-            sys.stdout.flush()
+            _flush_output()
         if os.environ.get("WORLD_SIZE", "1") != "1":
             # Threads of gloo now and then abort the interpreter while it shuts down, which torchrun takes for a failed run.
             logging.shutdown()
@@ -218,12 +225,12 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of `--help | head` has seen enough; what is still buffered goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of `--help | head` has seen enough
+        pass
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _FILE_ERRORS:
-            name = error.filename2 or error.filename or "a file"
-            _complain(f"{name} cannot be read or written ({error.strerror}): make space, or give a place where you may read and "
+        if cause := file_error(error):
+            name = cause.filename2 or cause.filename or "a file"
+            _complain(f"{name} cannot be read or written ({cause.strerror}): make space, or give a place where you may read and "
                       "write; the same command then carries on.")
             sys.exit(2)
         if os.environ.get("WORLD_SIZE", "1") == "1" or not _lost_peer(error):
@@ -238,10 +245,50 @@ def _lost_peer(error: Exception) -> bool:
     return lost_peer(error)
 
 
+def file_error(error: BaseException) -> OSError | None:
+    """The error of a file that cannot be read or written, if that is what `error` is.
+
+    torch hides it behind a RuntimeError, or tells it in words alone (of shared memory).
+    """
+    found: BaseException | None = error
+    while isinstance(found, RuntimeError):
+        if told := [number for number in NO_SPACE if os.strerror(number) in str(found)]:
+            return OSError(told[0], os.strerror(told[0]))
+        found = found.__cause__ or found.__context__
+    return found if isinstance(found, OSError) and found.errno in _FILE_ERRORS else None
+
+
+def _thread_failed(args: threading.ExceptHookArgs) -> None:
+    """Say nothing of a full disk: TensorBoard's thread hands the error over to the main one too."""
+    if args.exc_value is None or not file_error(args.exc_value):
+        _print_thread_error(args)
+
+
+def _flush_output() -> None:
+    """Write what was printed; raises OSError where that fails."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        _silence(sys.stdout)
+        error.filename = "standard output"
+        raise
+
+
+def _silence(stream: TextIO) -> None:
+    """Let a stream end nowhere: what is still buffered would fail again, with another exit code, at the interpreter's end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def _complain(sentence: str) -> None:
     """Write one sentence to standard error; of several processes scripts/launch.py, where it started them, writes one."""
     rank, file = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if LAUNCHED in os.environ and file:
-        Path(file).write_text(json.dumps({"message": sentence, "timestamp": str(int(time.time()))}))
-    else:
+    try:
+        for bar in list(getattr(tqdm, "_instances", ())):  # the sentence has a line of its own
+            bar.close()
+        if LAUNCHED in os.environ and file:
+            with suppress(OSError):
+                Path(file).write_text(json.dumps({"message": sentence, "timestamp": str(int(time.time()))}))
+                return
         sys.stderr.write(f"error: {sentence}\n" if rank == "0" else f"error (process {rank}): {sentence}\n")
+    except OSError:  # nothing can be said, and the exit code is told all the same
+        _silence(sys.stderr)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from utils.config import UserError
+from utils.config import NO_SPACE, UserError, file_error
 from utils.untrusted import parse_json, shortened
 
 
@@ -18,10 +18,23 @@ def replacing(path: Path) -> Iterator[Path]:
     """A file beside `path` to write to, renamed to `path` when the block ends: a reader never finds half a file."""
     aside = path.with_name(f".{path.name}.{own_name()}.tmp")
     try:
-        yield aside
-        os.replace(aside, path)
+        with naming(path):
+            yield aside
+            os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Within the block an error that does not say which file cannot be written, as that of a full disk, names `path`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = file_error(error)
+        if cause is None or cause.filename:
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
 
 
 def own_name() -> str:
@@ -37,6 +50,8 @@ def lock_folder(folder: Path, option: str, what: str) -> IO[str]:
     try:  # not through a link, whose target would be emptied
         file = os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", errors="replace")
     except OSError as error:
+        if error.errno in NO_SPACE:
+            raise
         raise UserError(f"{option} {folder / '.lock'} cannot be opened ({error.strerror}): remove it.") from error
     holder = file.read().strip()
     try:
@@ -47,10 +62,11 @@ def lock_folder(folder: Path, option: str, what: str) -> IO[str]:
                             "for its end, or choose another folder.") from None
     except OSError:
         return file
-    file.seek(0)
-    file.truncate(0)
-    file.write(own_name())
-    file.flush()
+    with naming(folder / ".lock"):
+        file.seek(0)
+        file.truncate(0)
+        file.write(own_name())
+        file.flush()
     return file
 
 
@@ -61,10 +77,15 @@ def unlinked(path: Path) -> Path:
     return path
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one piece."""
+    with replacing(path) as aside:
+        aside.write_text(text)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as JSON in one piece."""
-    with replacing(path) as aside:
-        aside.write_text(json.dumps(content, indent=1) + "\n")
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_json(path: str | Path, option: str, what: str) -> Any:

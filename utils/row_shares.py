@@ -21,7 +21,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from utils.config import UserError
+from utils.config import NO_SPACE, UserError
 from utils.distributed import Processes, broadcast
 
 log = logging.getLogger("rows")
@@ -241,7 +241,7 @@ def full_disk_explained(target: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in NO_SPACE:
             raise
         raise UserError(f"{target} does not fit on its disk ({error.strerror}): free space and run the same command again, "
                         "which keeps the images that are done.") from error

@@ -27,7 +27,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from utils.checkpoint import CheckpointWriter, RunRecord, exported_step, latest_checkpoint, load_checkpoint
 from utils.config import Count, Device, NonNegative, Positive, Seed, UserError
 from utils.distributed import Processes, agree, all_reduce_sum
-from utils.files import check_writable, lock_folder, replacing, unlinked, write_json
+from utils.files import check_writable, lock_folder, naming, unlinked, write_json, write_text
 from utils.pictures import save_picture
 from utils.signals import StopRequest, handled_by
 from utils.train_state import TrainState
@@ -60,11 +60,23 @@ class RunOptions:
     """Epochs between models that are exported for good, to snapshots/epoch-0050 and so on; 0: none."""
 
 
+class _LogFile(logging.FileHandler):
+    """The log of a run, which ends when it cannot be written: logging itself would print a traceback for every line and go on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Deal with what writing a line has raised."""
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            error.filename = self.baseFilename
+            raise error
+        super().handleError(record)
+
+
 def set_up_logging(processes: Processes, file: Path | None = None) -> None:
     """Log to standard error and `file` in the main process, only warnings elsewhere."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if file is not None and processes.is_main:
-        handlers.append(logging.FileHandler(unlinked(file)))
+        handlers.append(_LogFile(unlinked(file)))
     logging.basicConfig(level=logging.INFO if processes.is_main else logging.WARNING, handlers=handlers, force=True,
                         format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
@@ -161,7 +173,9 @@ class Run:
         self.metrics = MeanMetrics()
         self.checkpoints, self.keep = CheckpointWriter(self.folder / "checkpoints", record, processes), options.keep_checkpoints
         self.stop, self.leaving, self.saved_at = StopRequest(), 0, time.monotonic()
-        self.writer = SummaryWriter(str(self.folder / "tensorboard")) if processes.is_main else None
+        self.tensorboard = self.folder / "tensorboard"
+        with naming(self.tensorboard):
+            self.writer = SummaryWriter(str(self.tensorboard)) if processes.is_main else None
         self.started, self.first_step, self.logged = time.perf_counter(), 0, 0
         # Since the last log line: seconds by what was done beside steps; of every network the steps left out [3], in all, in the
         # present row, in the longest row.
@@ -193,8 +207,7 @@ class Run:
         if metrics.exists():  # lines after the checkpoint will be written again
             kept = "".join(json.dumps(line) + "\n" for line in read_metrics(metrics) if line["step"] <= step)
             if kept != metrics.read_text():
-                with replacing(metrics) as aside:
-                    aside.write_text(kept)
+                write_text(metrics, kept)
 
     def steps(self) -> Iterator[int]:
         """Step numbers still to do, under a progress bar; seeds each step from (seed, step, rank)."""
@@ -253,10 +266,11 @@ class Run:
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Write scalars of `step` to metrics.jsonl and TensorBoard."""
         if self.writer is not None:
-            with (self.folder / "metrics.jsonl").open("a") as file:
+            with naming(self.folder / "metrics.jsonl"), (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step} | scalars) + "\n")
-            for name, value in scalars.items():
-                self.writer.add_scalar(name, value, step)
+            with naming(self.tensorboard):
+                for name, value in scalars.items():
+                    self.writer.add_scalar(name, value, step)
 
     def write_evaluation(self, step: int, figures: dict[str, float]) -> None:
         """Write and log the figures of an evaluation after `step`."""
@@ -266,7 +280,8 @@ class Run:
     def picture(self, step: int, name: str, image: Image.Image) -> None:
         """Show a PIL image in TensorBoard and keep it as NAME.png in the run's folder."""
         if self.writer is not None:
-            self.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+            with naming(self.tensorboard):
+                self.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
             save_picture(image, self.folder / f"{name}.png")
 
     def due(self, every: int, step: int) -> bool:
@@ -337,4 +352,5 @@ class Run:
         """Flush what is pending."""
         self.checkpoints.finish()
         if self.writer is not None:
-            self.writer.close()
+            with naming(self.tensorboard):
+                self.writer.close()

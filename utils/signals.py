@@ -4,6 +4,7 @@ A command leaves at once, by SystemExit, so that temporary files are removed.  A
 checkpoint first (`Run`).  Exit codes are the shell's: 143 for SIGTERM and SIGUSR1, 130 for Ctrl-C.
 """
 
+import math
 import os
 import signal
 import sys
@@ -30,12 +31,19 @@ class _Leaving(SystemExit):
 
 @contextmanager
 def leaving_at_once() -> Iterator[None]:
-    """Within the block a signal ends the process by SystemExit."""
+    """Within the block a signal ends the process by SystemExit; an echo does not cut short what is tidied up on the way."""
+    since = -math.inf
+
     def leave(signum: int, frame: FrameType | None) -> None:
-        raise _Leaving(signum)
+        nonlocal since
+        if time.monotonic() - since > _ECHO_SECONDS:
+            since = time.monotonic()
+            raise _Leaving(signum)
 
     def unraisable(dropped: Any) -> None:
+        nonlocal since
         if isinstance(dropped.exc_value, _Leaving):  # raised in a __del__, say, whose exceptions Python drops: ask again
+            since = -math.inf
             threading.Timer(0.05, os.kill, (os.getpid(), dropped.exc_value.signum)).start()
         else:
             former(dropped)

@@ -62,17 +62,15 @@ FIGURES="$OUT/figures/$SCRIPT" SAMPLES="$OUT/samples/$SCRIPT" RECONSTRUCTIONS="$
 dry || mkdir -p "$FIGURES" "$SAMPLES" "$RECONSTRUCTIONS"
 
 # run COMMAND...: what every command goes through;  start: the same on NPROC processes;  once FILE COMMAND...: if FILE is missing
-run() { if dry; then printf '%q ' "$@"; echo; else "$@"; fi; }
+run() { if dry; then printf '%q ' "$@"; echo; else supervised "$@"; fi; }
 start() { if dry; then run "$PYTHON" "$@"; else launch "$@"; fi; }
 once() { [ -e "$1" ] || "${@:2}"; }
-# kept FILE COMMAND...: what COMMAND printed the first time
+# kept FILE COMMAND...: in KEPT what COMMAND set it to the first time (a training inside $(...) would hear no signal)
 kept() {
-    if [ ! -e "$1" ]; then
-        mkdir -p "$(dirname "$1")"
-        "${@:2}" > "$1.new"
-        mv "$1.new" "$1"
-    fi
-    cat "$1"
+    if [ -e "$1" ]; then KEPT="$(cat "$1")"; return; fi
+    mkdir -p "$(dirname "$1")"
+    "${@:2}"
+    keep "$1" "$KEPT"
 }
 
 # Where things are.  vq NAME: a tokenizer of tokenizer() or rearrange();  code_path NAME: its codes;  gpt_run NAME CODES: a GPT,
@@ -148,28 +146,35 @@ rearrange() {
     done
 }
 
-# rate TRAINING...: images per second, by a short run
+# rate TRAINING...: KEPT becomes images per second, by a short run
 rate() {
-    local probe; probe="$(mktemp -d)"
-    "$@" --run-dir "$probe" --steps 20 --log-every 10 >&2
-    tail -n 1 "$probe/metrics.jsonl" | "$PYTHON" -c "import json; print(json.loads(input())['images_per_second'])"
+    local probe status=0; probe="$(mktemp -d)"
+    supervised "$@" --run-dir "$probe" --steps 20 --log-every 10 >&2 || status=$?
+    if [ "$status" = 0 ]; then
+        KEPT="$(tail -n 1 "$probe/metrics.jsonl" | "$PYTHON" -c "import json; print(json.loads(input())['images_per_second'])")"
+    fi
     rm -rf "$probe"
+    return "$status"
 }
 
-# toy_steps TRAINING...: toy: steps that fit into TIME or TOY_SECONDS
-toy_steps() { "$PYTHON" -c "print(max(int(${TIME:-$TOY_SECONDS} * $(rate "$@") / 128), 20))"; }
+# toy_steps TRAINING...: toy: KEPT becomes the steps that fit into TIME or TOY_SECONDS
+toy_steps() {
+    rate "$@"
+    KEPT="$("$PYTHON" -c "print(max(int(${TIME:-$TOY_SECONDS} * $KEPT / 128), 20))")"
+}
 
-# equal_time "OPTIONS" "REFERENCE OPTIONS": full scale: epochs that take on the dual codebook as long as the reference's
-# EPOCHS; at toy scale every GPT is given the same time anyway, and DRY=1 makes no probe
+# equal_time "OPTIONS" "REFERENCE OPTIONS": full scale: set EPOCHS to those that take on the dual codebook as long as the
+# reference's EPOCHS; at toy scale every GPT is given the same time anyway, and DRY=1 makes no probe
 equal_time() {
     local options rates=()
-    if toy || dry; then echo "${EPOCHS:-}"; return; fi
+    if toy || dry; then return 0; fi
     for options in "$1" "$2"; do
         local train=(bash scripts/autoregressive/train_c2i.sh --gpt-model "$MODEL" --image-size "$SIZE"
                      --code-path "$(code_path "$DUAL")" "${GPT[@]}" $options)
-        rates+=("$(kept "$OUT/rates/$DUAL/${MODEL#GPT-}-$SIZE${options// /}" rate "${train[@]}")")
+        kept "$OUT/rates/$DUAL/${MODEL#GPT-}-$SIZE${options// /}" rate "${train[@]}"
+        rates+=("$KEPT")
     done
-    "$PYTHON" -c "print(round($EPOCHS * ${rates[0]} / ${rates[1]}, 1))"
+    EPOCHS="$("$PYTHON" -c "print(round($EPOCHS * ${rates[0]} / ${rates[1]}, 1))")"
 }
 
 # gpt NAME CODES OPTIONS...: train a GPT; NAME says what its options are
@@ -182,7 +187,10 @@ gpt() {
         options=(--gpt-model "$MODEL" --image-size "$SIZE" --epochs "$EPOCHS" "${options[@]}")
     fi
     local train=(bash scripts/autoregressive/train_c2i.sh "${options[@]}")
-    if toy && ! dry; then train+=(--steps "$(kept "$folder/steps" toy_steps "${train[@]}")"); fi
+    if toy && ! dry; then
+        kept "$folder/steps" toy_steps "${train[@]}"
+        train+=(--steps "$KEPT")
+    fi
     run "${train[@]}" --run-dir "$folder"
 }
 

@@ -30,7 +30,7 @@ from scripts.paper.table import markdown_table
 from utils.classifier import load_classifier
 from utils.config import UserError, parse, run_main
 from utils.distributed import Processes, setup
-from utils.files import check_exists, check_writable, read_json, write_json
+from utils.files import check_exists, check_writable, read_json, write_json, write_text
 from utils.images import open_images
 from utils.pictures import save_picture
 from utils.run import figures_text, set_up_logging
@@ -171,7 +171,7 @@ def main() -> None:
     results = sweep(config, processes)
     if processes.is_main:
         text = table(results, ends(config))
-        (config.folder / "sweep.md").write_text(text)
+        write_text(config.folder / "sweep.md", text)
         save_picture(draw(panels(results, ends(config)), size=(4.2, 3.4), columns=5), config.folder / "sweep.png", dpi=110)
         print(text)
     processes.close()

@@ -22,7 +22,7 @@ import tyro
 
 from utils.checkpoint import read_export
 from utils.config import UserError, choices, parse, run_main
-from utils.files import check_writable, read_json, write_json
+from utils.files import check_writable, read_json, write_json, write_text
 
 PUBLISHED = Path(__file__).with_name("published.json")
 # Measured figures in the order of the columns, with their digits.
@@ -142,7 +142,7 @@ def main() -> None:
         merge(config)
         return
     text = markdown(config)
-    (config.folder / f"table{config.table}.md").write_text(text)
+    write_text(config.folder / f"table{config.table}.md", text)
     print(text)
 
 

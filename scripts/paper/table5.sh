@@ -9,7 +9,7 @@ tokenizer "$DUAL"; codes "$DUAL"
 epochs="${EPOCHS:-}"
 for row in alternating grouped independent; do
     EPOCHS="$epochs"
-    EPOCHS="$(equal_time "--paradigm $row --context none" "--context none")"
+    equal_time "--paradigm $row --context none" "--context none"
     "$row" "$row"
 done
 EPOCHS="$epochs"

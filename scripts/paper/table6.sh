@@ -10,9 +10,9 @@ PRESET_TWO=(--guidance constant --cfg-scale "$CONSTANT")
 tokenizer "$DUAL"; codes "$DUAL"
 dual_row compressed "default$suffix" $window
 epochs="${EPOCHS:-}"
-EPOCHS="$(equal_time "--context none" "$window")"
+equal_time "--context none" "$window"
 dual_row none none --context none
 EPOCHS="$epochs"
-EPOCHS="$(equal_time "--context concatenated $window" "$window")"
+equal_time "--context concatenated $window" "$window"
 dual_row concatenated "concatenated$suffix" --context concatenated $window
 table 6 none concatenated compressed
