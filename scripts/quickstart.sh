@@ -10,6 +10,11 @@ OUT="${OUT:-runs/quickstart}"
 SCALE="${SCALE:-1}"
 DATA=scripts/data/fashion_mnist
 mkdir -p "$OUT/phases" 2>/dev/null || cannot_write "$OUT/phases"
+if [ -e "$OUT/scale" ] && [ "$(cat "$OUT/scale")" != "$SCALE" ]; then
+    echo "error: OUT $OUT was begun with SCALE=$(cat "$OUT/scale"), not $SCALE as now: choose another OUT or remove it." >&2
+    exit 2
+fi
+keep "$OUT/scale" "$SCALE"
 
 steps() { "$PYTHON" -c "import math; print(max(math.ceil($1 * $SCALE), ${2:-4}))"; }
 
@@ -67,8 +72,7 @@ sample() {
 phase sample_guided sample --out "$OUT/guided.npz"
 phase sample_unguided sample --cfg-scale 1 --out "$OUT/unguided.npz"
 phase sample_grid python autoregressive/sample/sample_c2i.py "${MODELS[@]}" --out "$OUT/samples.png" --per-class 10 \
-    --classes 0 1 2 3 4 5 6 7 8 9 \
-    --class-names T-shirt trousers pullover dress coat sandal shirt sneaker bag boot
+    --classes 0 1 2 3 4 5 6 7 8 9
 
 reconstruct() {
     python tokenizer/tokenizer_image/reconstruction_vq_ddp.py --data-path ${DATA}_test.npz "${SHAPE[@]}" \

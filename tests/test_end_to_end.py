@@ -12,9 +12,9 @@ from PIL import Image
 from tests.conftest import REPOSITORY
 
 
-def quickstart(out, asked=None) -> subprocess.CompletedProcess:
+def quickstart(out, asked=None, scale: str = "0.02") -> subprocess.CompletedProcess:
     """Run the quickstart's command at a fiftieth of its length; asked: a file, on whose appearance it is asked to stop."""
-    environment = os.environ | {"OUT": str(out), "SCALE": "0.02", "PYTHON": sys.executable}
+    environment = os.environ | {"OUT": str(out), "SCALE": scale, "PYTHON": sys.executable}
     process = subprocess.Popen(["bash", "scripts/quickstart.sh"], cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
     while asked and not asked.exists() and process.poll() is None:
@@ -48,3 +48,5 @@ def test_quickstart_leaves_a_report_and_does_nothing_twice(tmp_path):
     second = quickstart(folder)
     assert second.returncode == 0, second.stderr[-3000:]
     assert [line for line in second.stderr.splitlines() if line.startswith("== ")] == ["== gpt", "== evaluate"]
+    other = quickstart(folder, scale="1")  # not the results of another length under this name
+    assert other.returncode == 2 and "was begun with SCALE=0.02, not 1" in other.stderr
