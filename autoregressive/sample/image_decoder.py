@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.crops import to_uint8
+from utils.devices import image_layout
 
 # Pixels decoded at once: about 5 GB of activations in bf16, 64 images of 256 pixels.  Not what happens to be free: another
 # number of images selects other kernels and changes the last bits.
@@ -28,11 +29,11 @@ class ImageDecoder:
 
     def __init__(self, tokenizer: VQModel, grid_size: int, size: int, dtype: torch.dtype) -> None:
         """dtype: of the decoder; codebooks keep theirs."""
-        self.tokenizer, self.grid_size, self.size = tokenizer.to(memory_format=torch.channels_last), grid_size, size
+        device = tokenizer.post_quant_conv.weight.device
+        self.tokenizer, self.grid_size, self.size = tokenizer.to(memory_format=image_layout(device)), grid_size, size
         for part in (tokenizer.post_quant_conv, tokenizer.decoder):
             part.to(dtype)
         self.at_once = max(1, _PIXELS // (grid_size * tokenizer.config.downsampling) ** 2)
-        device = tokenizer.post_quant_conv.weight.device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @torch.inference_mode()
