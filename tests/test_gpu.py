@@ -18,6 +18,7 @@ from tests.test_codes import write_codes
 from tests.test_decoding import DECODED, shape_of
 from tests.test_train import TRAIN, VQ_TRAIN, gpt_options, vq_options
 from tokenizer.tokenizer_image.vq_model import VQModel
+from utils import distributed
 from utils.code_shards import open_codes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -28,9 +29,9 @@ VISIBLE = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")} 
 
 @pytest.fixture(autouse=True)
 def exact_products(monkeypatch) -> None:
-    """Float32 products as on a CPU."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    """Float32 products as on a CPU; `setup` would allow tensor cores for them."""
+    monkeypatch.setattr(distributed, "REDUCED_PRODUCTS", False)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.mark.parametrize("paradigm", DECODED)

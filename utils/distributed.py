@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from utils.config import UserError
 from utils.signals import handled_by
 
+REDUCED_PRODUCTS = True  # of float32 matrices on GPUs, in TF32: what is not bf16 anyway needs no more
 _COLLECTIVE = timedelta(minutes=10)  # a collective of training that takes longer waits for a process that is no more
 _PATIENCE = timedelta(hours=24)
 _LOST = ("Connection closed by peer", "Connection reset by peer", "gloo/transport", "Broken pipe", "Timed out waiting", "NCCL")
@@ -83,8 +84,7 @@ def setup(device: str = "auto") -> Processes:
     target = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(target)
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = REDUCED_PRODUCTS
     if not dist.is_initialized():
         alone: dict[str, Any] = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
         with handled_by(signal.SIG_DFL):  # waiting for the others is in C++, where no handler of Python's would run
