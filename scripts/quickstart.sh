@@ -61,7 +61,7 @@ gpt() {
     NPROC=1 supervised bash scripts/autoregressive/train_c2i.sh --gpt-model GPT-tiny --image-size 32 --downsample-size 8 \
         --codebook-sizes 128 512 --num-classes 10 --code-path "$OUT/codes" --run-dir "$OUT/gpt" --data-parallel none \
         --steps "$(steps 520)" --global-batch-size 128 --lr 2e-3 --lr-end 2e-4 --lr-schedule cosine --warmup-steps 20 \
-        --ema-decay 0.99 --num-workers 0 --log-every 20 --checkpoint-every 100 --mixed-precision none
+        --ema-decay 0.99 --num-workers 0 --log-every 20 --checkpoint-every 100
 }
 phase gpt gpt
 
