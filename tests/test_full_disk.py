@@ -17,7 +17,7 @@ from tests.conftest import REPOSITORY, call, command
 from tests.test_fuzz import save_images
 from utils.config import UserError, file_error
 from utils.distributed import setup
-from utils.files import replacing
+from utils.files import check_writable, replacing
 from utils.run import set_up_logging
 from utils.signals import LAUNCHED
 
@@ -120,6 +120,19 @@ def test_a_failed_write_names_its_file(tmp_path, error):
         raise error
     assert raised.value.filename == str(tmp_path / "x.json") and raised.value.errno == errno.ENOSPC
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made(tmp_path, monkeypatch, capsys):
+    """Another folder of the same disk would not help; TensorBoard names files in bytes."""
+    def full(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", os.fsencode(path))
+
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="--out .*x cannot be written .*: make space."):
+        patched.setattr(Path, "mkdir", full)
+        check_writable(tmp_path / "x", "--out")
+    with pytest.raises(SystemExit):
+        call(lambda: full(tmp_path / "x"))
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'x'} cannot be read or written")
 
 
 def test_torch_hides_the_cause():

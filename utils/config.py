@@ -230,6 +230,7 @@ def run_main(main: Callable[[], None]) -> None:
     except Exception as error:
         if cause := file_error(error):
             name = cause.filename2 or cause.filename or "a file"
+            name = os.fsdecode(name) if isinstance(name, bytes) else name
             _complain(f"{name} cannot be read or written ({cause.strerror}): make space, or give a place where you may read and "
                       "write; the same command then carries on.")
             sys.exit(2)

@@ -112,7 +112,8 @@ def check_writable(folder: Path, option: str) -> Path:
         probe.touch()
         probe.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{option} {folder} cannot be written ({error.strerror}): give a folder you may write to.") from error
+        remedy = "make space" if error.errno in NO_SPACE else "give a folder you may write to"
+        raise UserError(f"{option} {folder} cannot be written ({error.strerror}): {remedy}.") from error
     return folder
 
 
