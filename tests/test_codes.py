@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 from autoregressive.train import evaluate_c2i, extract_codes_c2i, train_c2i
-from tests.conftest import TINY_VQ, call, command, export_models
+from tests.conftest import REPOSITORY, TINY_VQ, call, command, export_models
 from tests.test_npz import ALONE
 from tokenizer.tokenizer_image.vq_model import load_tokenizer
 from utils import row_shares
@@ -389,3 +391,13 @@ def test_a_bf16_encoder_chooses_codes_in_float32(images_folder, tmp_path):
     model.quantizer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
     model.encode(torch.zeros(1, 3, 32, 32), bf16=True)
     assert seen == [torch.float32]
+
+
+@pytest.mark.parametrize("count", [4000, 9000])  # np.save: silently cut, and an error without a cause
+def test_an_array_that_does_not_fit_is_an_error(tmp_path, count):
+    """The share whose rows are marked in it is removed next: a cut `state.npy` would lose them."""
+    script = (f"import resource, sys; sys.path.insert(0, {str(REPOSITORY)!r})\nimport numpy as np\nfrom pathlib import Path\n"
+              f"from utils.code_writer import _save\nresource.setrlimit(resource.RLIMIT_FSIZE, ({count + 100},) * 2)\n"
+              f"_save(Path('x.npy'), np.zeros({count}, np.uint8))\n")
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert "OSError: [Errno 27] File too large" in done.stderr and not list(tmp_path.iterdir())

@@ -171,6 +171,8 @@ class CodeWriter:
 def _save(path: Path, array: np.ndarray) -> None:
     """Write an npy file whole, onto the disk."""
     with replacing(path) as aside, aside.open("wb") as file:
-        np.save(file, array)
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        # np.save writes through a C buffer: it names no cause for a full disk, and does not see what fails when it is emptied.
+        file.write(np.ascontiguousarray(array).data)
         file.flush()
         os.fsync(file.fileno())

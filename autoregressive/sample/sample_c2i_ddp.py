@@ -121,17 +121,19 @@ def write_samples(config: SampleConfig, pipeline: Pipeline, selector: Selector |
     labels, ratio = make_labels(config, pipeline.num_classes), config.rejection.rejection_ratio
     shape = len(labels), pipeline.image_size, pipeline.image_size, 3
     about = identity(config, pipeline) | ({"rejection": selector.note(ratio)} if selector else {})
+    picture = config.out.with_suffix(".png")
     if already_finished(config.out, shape, about):
         log.info("%s is there already, made by these options", config.out)
-        return
-    if selector is None:
+        if picture.exists():  # the disk may have been full when the npz was whole
+            return
+    elif selector is None:
         draw(pipeline, config.out, labels, about, config, processes)
     else:
         draw_and_select(pipeline, selector, labels, about, config, processes)
     if processes.is_main:
         first, columns = open_array(config.out, "arr_0")[:100], min(len(labels), 10)
         rows = first[: columns * (len(first) // columns)]
-        save_picture(image_grid(rows, columns, scale=max(1, 64 // pipeline.image_size)), config.out.with_suffix(".png"))
+        save_picture(image_grid(rows, columns, scale=max(1, 64 // pipeline.image_size)), picture)
         log.info("%s: %d samples of %d classes, %dx%d", config.out, len(labels), pipeline.num_classes, *shape[1:3])
 
 
