@@ -207,7 +207,7 @@ def test_both_stages_of_ctf_train_by_one_recipe(world, size, capsys):
 
     coarse, fine = options("coarse"), options("fine")
     assert replace(coarse, codes=fine.codes) == fine
-    print_dry_run(options("fine", "--device", "cpu"), setup("cpu"))
+    print_dry_run(options("fine", "--device", "cpu", "--code-path", "nowhere"), setup("cpu"))  # not of the tiny codes' grid
     parameters = int(re.search(r"parameters +([\d,]+)", capsys.readouterr().out).group(1).replace(",", ""))
     with torch.device("meta"):
         expected = build_gpt(size, paradigm="fine", codebook_sizes=(4, 16), num_classes=3, grid_size=24)

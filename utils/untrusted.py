@@ -107,6 +107,8 @@ def _shown(value: Any) -> str:
 
 
 def _called(hint: Any) -> str:
+    if declared := next((part.text for part in getattr(hint, "__metadata__", ()) if hasattr(part, "text")), None):
+        return str(declared)
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, get_args(hint)))}"
     return {int: f"an integer from 0 to {LARGEST_INTEGER}", float: "a finite number of 0 or more"}.get(

@@ -5,13 +5,14 @@ LlamaGen's layer: RMSNorm before attention and SwiGLU, two-dimensional rotary em
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoregressive.models.attention import Attend, LayerCache, Span, causal_attention, rotate
+from utils.config import interval
 
 # (layer, arguments of its forward ...) -> its output, with activation checkpointing where wanted.
 RunBlock = Callable[..., Tensor]
@@ -26,7 +27,7 @@ class GPTConfig:
     n_head: int = 12
     head_layers: int = 5
     num_classes: int = 1000
-    grid_size: int = 16
+    grid_size: Annotated[int, interval(int, 1, 512)] = 16
     codebook_sizes: tuple[int, ...] = (256, 4096)
     paradigm: str = "hierarchical"
     context: Literal["compressed", "concatenated", "none"] = "compressed"
