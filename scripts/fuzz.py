@@ -36,6 +36,8 @@ GOOD = ("refused", "harmless", "warned", "accepted", "undetected")
 # Data without a checksum of its own, or that may be absent, which nobody can tell from other data: images, arrays, figures.
 UNDETECTABLE = {".npy": ("flipped", "smallest"), ".npz": ("missing", "renamed"), "figures": ("field",), ".pt": ("flipped",),
                 ".png": ("flipped", "deleted", "folder", "name"),
+                # Those whose checksum was taken away: other descriptions, as sound as the true one.
+                ".safetensors": tuple(f"description {number}" for number in range(1, 6)),
                 ".json": ("flipped",), ".jsonl": ("flipped", "truncated", "field"), "": ("class name",)}
 
 
