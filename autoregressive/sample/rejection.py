@@ -7,14 +7,14 @@ stay in OUT.candidates.npz, from which another classifier can select without dra
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from utils.checkpoint import fingerprint
@@ -50,11 +50,11 @@ class RejectionOptions:
 
 @dataclass(frozen=True)
 class Selector:
-    """A classifier on the CPU with its preprocessing: uint8 [B, H, W, 3] -> what the model takes."""
+    """A classifier on the CPU with its preprocessing, on any device: uint8 [B, H, W, 3] -> what the model takes."""
 
     name: str
     model: nn.Module
-    prepare: Callable[[np.ndarray], Tensor]
+    prepare: Callable[[Tensor], Tensor]
 
     def note(self, ratio: int) -> dict[str, Any]:
         """What a selection depends on besides its candidates."""
@@ -78,8 +78,7 @@ def load_selector(options: RejectionOptions, num_classes: int, class_names: Clas
     """
     name, path = options.classifier, Path(options.classifier)
     if not (path.is_file() or path.suffix == ".safetensors" or (path / "classifier.safetensors").is_file()):
-        model, transform = load_timm(name, options.classifier_weights, num_classes)
-        return Selector(name, model, lambda images: torch.stack([transform(Image.fromarray(image)) for image in images]))
+        return Selector(name, *load_timm(name, options.classifier_weights, num_classes))
     if options.classifier_weights is not None:
         raise UserError(f"--classifier-weights {options.classifier_weights} is for a timm model but --classifier "
                         f"{name} is a file with weights of its own: give one of the two.")
@@ -89,8 +88,8 @@ def load_selector(options: RejectionOptions, num_classes: int, class_names: Clas
     return Selector(path.name, model, to_tensor)
 
 
-def load_timm(name: str, weights: Path | None, num_classes: int) -> tuple[nn.Module, Callable[[Image.Image], Tensor]]:
-    """A timm model with downloaded or local weights, and the preprocessing it was trained for."""
+def load_timm(name: str, weights: Path | None, num_classes: int) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """A timm model with downloaded or local weights, and the preprocessing it was trained for, of whole batches."""
     import timm  # takes seconds, and only rejection sampling needs it
     from timm.data import create_transform, resolve_model_data_config
     from timm.models import resolve_pretrained_cfg
@@ -115,7 +114,20 @@ def load_timm(name: str, weights: Path | None, num_classes: int) -> tuple[nn.Mod
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=changes)
     except Exception as error:  # of timm, torch, safetensors or the network: their kinds are not documented
         raise UserError(f"{source} {remedy.format(_reason(error))}") from error
-    return model.eval().requires_grad_(False), create_transform(**resolve_model_data_config(model), is_training=False)
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    return model.eval().requires_grad_(False), partial(prepare, transform.transforms)
+
+
+def prepare(steps: Sequence[Callable[[Tensor], Tensor]], images: Tensor) -> Tensor:
+    """timm's preprocessing for a batch where it lies, uint8 [B, H, W, 3], instead of for one picture after the other.
+
+    steps: resizing and cropping, the conversion of a picture, normalisation.
+    """
+    *geometry, _, normalise = steps
+    images = images.movedim(-1, 1)                                                 # [B, 3, H, W]
+    for step in geometry:
+        images = step(images)                                                      # uint8, rounded as Pillow does
+    return normalise(images.float() / 255)
 
 
 def count_outputs(weights: Path, head: str | tuple[str, ...] | None, default: int) -> int:
@@ -162,7 +174,7 @@ def score(selector: Selector, images: np.ndarray, labels: np.ndarray, batch_size
     bar = progress(len(share), "classify", "batches", processes)
     for first in share:
         rows = slice(first, first + batch_size)
-        logits = model(selector.prepare(images[rows]).to(processes.device))
+        logits = model(selector.prepare(torch.from_numpy(np.array(images[rows])).to(processes.device)))
         own = torch.from_numpy(labels[rows]).to(processes.device)[:, None]
         scores[rows] = logits.double().softmax(1).gather(1, own)[:, 0].cpu()
         bar.update()
