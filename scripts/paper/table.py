@@ -70,8 +70,12 @@ def merge(config: TableConfig) -> None:
             if not isinstance(found, dict) or key not in found:
                 raise UserError(f"--keys {key} leads nowhere in {file}: give keys of its nested objects, outermost first.")
             found = found[key]
+        if not isinstance(found, dict):
+            raise UserError(f"FILE {file} holds no figures by name: make it again.")
         for name, value in found.items():
             name = config.prefix + name
+            if name in added and not isinstance(value, (int, float)):
+                raise UserError(f"FILE {file} has {name} that is no number: make it again.")
             if name in added:
                 added[name] += value
                 row[name] = added[name]
