@@ -482,3 +482,13 @@ def test_a_compiled_tokenizer_trains_as_an_eager_one(stage_one, tmp_path, monkey
     assert losses(tmp_path / "on", "total") == pytest.approx(losses(tmp_path / "off", "total"), rel=1e-3)
     call(vq_train.main, *vq_options(stage_one[0], tmp_path / "on", "semantic", 4, "--compile", "off"))
     assert len(losses(tmp_path / "on", "total")) == 4
+
+
+@pytest.mark.parametrize("paradigm", ["hierarchical", "independent", "alternating", "grouped"])
+def test_layers_are_compiled_whole(codes, tmp_path, monkeypatch, paradigm):
+    """No graph break, which fullgraph would raise, in training or in the evaluation between its steps."""
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: original(self, backend="eager", fullgraph=True))
+    options = gpt_options(codes, tmp_path / "run", steps=3, data_parallel="none", compile="on", paradigm=paradigm)
+    call(train_c2i.main, *options, "--val-code-path", write_codes(tmp_path / "held", images=21, seed=1), "--eval-every", 2)
+    assert len(losses(tmp_path / "run", "eval/bits_per_image")) == 2
