@@ -72,7 +72,7 @@ class CodeHeader:
         what, source: the two, as messages call them.
         """
         require_same_names(tuple(self.class_names), tuple(other.class_names), what, source)
-        checksum = self.images_checksum and other.images_checksum and self.images_checksum
+        checksum = self.images_checksum if other.images_checksum else ""
         return asdict(replace(self, class_names=[], images_checksum=checksum, version=VERSION))
 
 

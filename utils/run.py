@@ -333,7 +333,9 @@ class Run:
     def watch_gradient(self, norm: Tensor, name: str = "model") -> None:
         """Count the steps that `step_if_finite` leaves out, on the device; the log tells them."""
         bad = ~torch.isfinite(norm.detach())
-        left_out, row, longest = self.bad_steps.get(name, torch.zeros(3, device=norm.device)).unbind()
+        if name not in self.bad_steps:
+            self.bad_steps[name] = torch.zeros(3, device=norm.device)
+        left_out, row, longest = self.bad_steps[name].unbind()
         row = (row + 1) * bad
         self.bad_steps[name] = torch.stack([left_out + bad, row, torch.maximum(longest, row)])
 
