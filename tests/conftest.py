@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -71,6 +72,14 @@ def imported_tokenizer(kind: str, tensors: dict[str, torch.Tensor]) -> VQModel:
     model = VQModel(from_dict(VQConfig, tokenizer_shape(tensors, "file") | rules.fixed))
     model.load_state_dict(to_ours(rules, tensors, model, "file"))
     return model
+
+
+@pytest.fixture(autouse=True)
+def no_compilations_of_others() -> Iterator[None]:
+    """Forget what a test compiled: dynamo counts the variants of a function over the whole process, and refuses the ninth."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture
