@@ -277,6 +277,13 @@ class Run:
         self.write(step + 1, {f"eval/{name}": value for name, value in figures.items()})
         log.info("step %d: evaluation: %s", step + 1, figures_text(figures))
 
+    def evaluations(self, name: str) -> list[float]:
+        """A figure of all evaluations before the step that the run goes on with."""
+        file = self.folder / "metrics.jsonl"
+        lines = read_metrics(file) if file.exists() else []
+        return [line[f"eval/{name}"] for line in lines
+                if line["step"] <= self.first_step and isinstance(line.get(f"eval/{name}"), (int, float))]
+
     def picture(self, step: int, name: str, image: Image.Image) -> None:
         """Show a PIL image in TensorBoard and keep it as NAME.png in the run's folder."""
         if self.writer is not None:

@@ -32,6 +32,8 @@ class CodeOptions:
     """Held-out codes: their cross-entropy and bits per image are logged every --eval-every steps; empty: none."""
     eval_every: Count = 5000
     """Steps between evaluations on --val-code-path; 0: only at the end."""
+    keep_best: bool = False
+    """Keep the model of the evaluation with the fewest bits per image in best/gpt.safetensors (early stopping)."""
     num_workers: Count = 4
     """Loader processes for each training process."""
 

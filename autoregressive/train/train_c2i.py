@@ -6,8 +6,10 @@ are not finite is left out on the device itself.
 """
 
 import logging
+import math
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from utils.batches import GlobalBatches, StepPlan, plan_steps
 from utils.checkpoint import RunRecord, export, load_weights, read_initial
 from utils.code_map import CodeMap
 from utils.code_shards import CodeDataset, CodeHeader
-from utils.config import parse, run_main, to_dict
+from utils.config import UserError, parse, run_main, to_dict
 from utils.devices import compiles, memory_bytes, peak_flops
 from utils.distributed import Processes, parallelize, setup, synchronize_gradients
 from utils.ema import EMA
@@ -118,14 +120,36 @@ def provenance(config: TrainConfig, model: GPTConfig, header: CodeHeader, code_m
     return about
 
 
-def evaluate_held_out(gpt: GPT, training: TrainState, held_out: CodeDataset, batch_size: int, config: TrainConfig, run: Run,
-                      step: int) -> None:
+@dataclass
+class HeldOut:
+    """Codes that are not trained on, and the fewest bits per image that they had so far."""
+
+    codes: CodeDataset
+    batch_size: int
+    fewest_bits: float = math.inf
+
+
+def open_validation(config: TrainConfig, model: GPTConfig, about: GPTProvenance, plan: StepPlan) -> HeldOut | None:
+    """The codes of --val-code-path; raises UserError where they do not fit, or where --keep-best has none to go by."""
+    codes = config.codes
+    if codes.val_code_path:
+        return HeldOut(open_held_out(model, about, "this run", codes.val_code_path, codes.code_map, "--val-code-path"),
+                       plan.micro_batch)
+    if codes.keep_best:
+        raise UserError("--keep-best chooses by held-out codes: give --val-code-path too.")
+    return None
+
+
+def evaluate_held_out(gpt: GPT, training: TrainState, held_out: HeldOut, config: TrainConfig, run: Run, step: int) -> None:
     """Log the likelihood of held-out codes under the averaged (or, without averaging, the present) weights."""
     training.model.eval()
     with run.timed("evaluation"), training.averaged(), autocast(config, run.processes.device):
-        figures = evaluate(gpt, held_out, batch_size, run.processes)
+        figures = evaluate(gpt, held_out.codes, held_out.batch_size, run.processes)
     training.model.train()
     run.write_evaluation(step, figures)
+    if config.codes.keep_best and figures["bits_per_image"] < held_out.fewest_bits:
+        held_out.fewest_bits = figures["bits_per_image"]
+        export_gpt(training, run, step + 1, run.folder / "best")
 
 
 def export_gpt(training: TrainState, run: Run, step: int, folder: Path) -> None:
@@ -157,8 +181,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
     about, coarse = provenance(config, model_config, header, code_map), {"coarse": code_map.coarse if code_map else ""}
     initial, begun_from = read_initial(config.init_from, "gpt")
     data = begun_from | {"tokenizer": header.tokenizer, "images_checksum": header.images_checksum}
-    held_out = config.codes.val_code_path and open_held_out(model_config, about, "this run", config.codes.val_code_path,
-                                                            config.codes.code_map, "--val-code-path")
+    held_out = open_validation(config, model_config, about, plan)
     record = RunRecord("gpt", model=to_dict(model_config) | data | coarse,
                        defaults=to_dict(GPTConfig()) | data | {"coarse": ""}, options=to_dict(config), fixed=FIXED_OPTIONS,
                        export=to_dict(about) | {"model": to_dict(model_config)})
@@ -168,6 +191,8 @@ def train(config: TrainConfig, processes: Processes) -> None:
              sum(p.numel() for p in gpt.parameters()) / 1e6, plan.total_steps, plan.global_batch,
              config.parallel.data_parallel, processes.world_size)
     first_step = run.resume(training)
+    if held_out:
+        held_out.fewest_bits = min(run.evaluations("bits_per_image"), default=math.inf)
     batches = GlobalBatches(len(dataset), plan, processes.rank, config.run.seed, first_step)
     # The data set makes whole batches: there is nothing to collate.
     loader = iter(DataLoader(dataset, batch_sampler=batches, collate_fn=tuple, num_workers=config.codes.num_workers,
@@ -179,7 +204,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
         train_step(gpt, training, loader, plan, config, run, step)
         run.after_step(step, plan.global_batch, lr=lr)
         if held_out and run.due(config.codes.eval_every, step):
-            evaluate_held_out(gpt, training, held_out, plan.micro_batch, config, run, step)
+            evaluate_held_out(gpt, training, held_out, config, run, step)
         if snapshot := run.snapshot(step, plan.steps_per_epoch):  # before the checkpoint: what follows one is not made again
             export_gpt(training, run, step + 1, snapshot)
         if run.checkpoint_due(step):
