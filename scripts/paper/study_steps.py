@@ -1,0 +1,131 @@
+"""The study's steps: from images to scores, at a size that two CPU cores can do many times over.
+
+Everything that systems have in common is one step here: the images, the classifiers that teach and judge, the start of the
+tokenizers, the codes.  What a system changes is handed in as options of the commands.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.paper.steps import Made, Own, Step, Word
+
+IMAGES: tuple[Word, ...] = ("--image-size", 32, "--num-workers", 0)
+BEST = "run/best/gpt.safetensors"  # by early stopping
+DOWNSAMPLING = 4  # 8x8 cells: the head's 5x5 window covers 27% of the past
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How long everything is trained, and on how much it is scored."""
+
+    classifiers: tuple[int, int] = (2, 3)
+    """Epochs of teacher and judge."""
+    tokenizer: tuple[int, int] = (400, 1200)
+    """Steps of a tokenizer's two phases, of 16 images."""
+    gpt: int = 800
+    """Steps of a GPT, of 64 images."""
+    pilot: int = 150
+    """Steps of a GPT in the search for its learning rate."""
+    evaluations: int = 8
+    """Evaluations on the validation half along a GPT's training; the weights at each are kept."""
+    per_class: int = 200
+    """Samples of each class that are scored."""
+    tuning_per_class: int = 100
+    """Samples of each class by which guidance is tuned."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """One data set: its images and the two classifiers."""
+
+    root: Path
+    name: str
+    train: str = ""
+    test: str = ""
+    lengths: Lengths = Lengths()
+
+    @property
+    def images(self) -> Step:
+        """train.npz, validation.npz and test.npz."""
+        given = ("--train", self.train, "--test", self.test) if self.train else ()
+        return Step(self.root, "data", self.name, ("scripts/paper/study_data.py", "--data", self.name, *given, "--out", Own()))
+
+    def classifier(self, role: str) -> Step:
+        """role: teacher (the tokenizers' perceptual distance) or judge (of samples), of another width and seed."""
+        teacher, judge = self.lengths.classifiers
+        options: tuple[Word, ...] = ("--seed", 1, "--epochs", teacher)
+        if role == "judge":
+            options = "--seed", 2, "--epochs", judge, "--widths", 48, 96, 128
+        return Step(self.root, "classifier", f"{self.name}-{role}", (
+            "evaluations/c2i/classifier.py", "--data-path", Made(self.images, "train.npz"), "--image-size", 32,
+            *options, "--out", Own("classifier.safetensors")))
+
+    @property
+    def perceptual(self) -> tuple[Word, ...]:
+        """The teacher as perceptual distance."""
+        return "--perceptual-net", "classifier", "--perceptual-file", Made(self.classifier("teacher"), "classifier.safetensors")
+
+    def tokenizer(self, quantizer: str, sizes: tuple[int, ...], seed: int = 0, *options: Word, name: str = "") -> Step:
+        """A tokenizer in two phases of the same losses, whatever its quantizer; dual ones share their first phase.
+
+        options: of the second phase, or of both where there is no semantic stage.
+        """
+        first, second = self.lengths.tokenizer
+        staged = quantizer == "dual"
+        common: tuple[Word, ...] = (
+            "tokenizer/tokenizer_image/vq_train.py", "--data-path", Made(self.images, "train.npz"), "--val-path",
+            Made(self.images, "validation.npz"), "--val-limit", 1000, *IMAGES, *self.perceptual, "--recipe", "equal",
+            "--vq-model", "VQ-4-small", "--quantizer", quantizer, "--codebook-sizes", *sizes, "--global-batch-size", 16,
+            "--lr", 1e-3, "--lr-end", 1e-4, "--ema-decay", 0.99, "--no-random-crop", "--log-every", 50,
+            "--checkpoint-every", 400, "--seed", seed, "--run-dir", Own())
+        label = "-".join(map(str, (self.name, name or quantizer, *sizes, f"seed{seed}")))
+        start: tuple[Word, ...] = ("--codebook-init", "kmeans", "--kmeans-vectors", 32768, "--revive-every", 50)
+        both = () if staged else options
+        begun = Step(self.root, "tokenizer", f"{label}-first", (
+            *common, "--stage", "semantic" if staged else "single", "--steps", first, *start, *both))
+        again = start if staged else ("--revive-every", 50)
+        return Step(self.root, "tokenizer", label, (
+            *common, "--stage", "dual" if staged else "single", "--steps", second, *again, *options,
+            "--init-from", Made(begun)))
+
+    def reconstruction(self, tokenizer: Step, vgg: str = "") -> Step:
+        """PSNR, SSIM, usage on the test half, and the reconstructions; LPIPS where VGG16's weights are given."""
+        perceptual = ("--perceptual-net", "vgg", "--perceptual-file", vgg) if vgg else self.perceptual
+        return Step(self.root, "reconstruction", tokenizer.label, (
+            "tokenizer/tokenizer_image/reconstruction_vq_ddp.py", "--vq-ckpt", Made(tokenizer), "--data-path",
+            Made(self.images, "test.npz"), *IMAGES, *perceptual, "--out", Own("test.npz")))
+
+    def judged(self, samples: Step, part: str) -> Step:
+        """Fréchet distance, precision, recall and class accuracy of an npz against the test half."""
+        return Step(self.root, "judged", samples.label, (
+            "evaluations/c2i/judge.py", "--classifier", Made(self.classifier("judge"), "classifier.safetensors"),
+            "--reference", Made(self.images, "test.npz"), "--samples", Made(samples, part), "--out", Own("judged.json")))
+
+    def codes(self, tokenizer: Step, split: str) -> Step:
+        """split: train, validation or test."""
+        return Step(self.root, "codes", f"{tokenizer.label}-{split}", (
+            "autoregressive/train/extract_codes_c2i.py", "--vq-ckpt", Made(tokenizer), "--data-path",
+            Made(self.images, f"{split}.npz"), *IMAGES, "--augmentation", "none", "--code-path", Own("codes")))
+
+    def code_map(self, tokenizer: Step, method: str, clusters: int) -> Step:
+        """IAR's or CTF's map of a single codebook."""
+        return Step(self.root, "map", f"{tokenizer.label}-{method}-{clusters}", (
+            "tokenizer/tokenizer_image/rearrange.py", "--vq-ckpt", Made(tokenizer), "--method", method, "--clusters", clusters,
+            "--out", Own("map")))
+
+    def gpt(self, name: str, tokenizer: Step, options: tuple[Word, ...], lr: float, seed: int, steps: int = 0) -> Step:
+        """A GPT on the codes of a tokenizer, its weights kept at every evaluation on the validation half."""
+        steps, every = (steps, 1) if steps else (self.lengths.gpt, self.lengths.evaluations)
+        return Step(self.root, "gpt", f"{self.name}-{name}-lr{lr:g}-{steps}-seed{seed}", (
+            "autoregressive/train/train_c2i.py", "--gpt-model", "GPT-tiny", "--image-size", 32, "--downsample-size", DOWNSAMPLING,
+            "--num-classes", 10, "--code-path", Made(self.codes(tokenizer, "train"), "codes"), "--val-code-path",
+            Made(self.codes(tokenizer, "validation"), "codes"), "--eval-every", steps // every, "--data-parallel", "none",
+            "--num-workers", 0, "--global-batch-size", 64, "--dropout", 0, "--lr", lr, "--warmup-steps", 50, "--ema-decay", 0.99,
+            "--steps", steps, "--log-every", 25, "--checkpoint-every", 200, "--keep-best", "--seed", seed, *options,
+            "--run-dir", Own("run")))
+
+    def bits(self, gpt: Step, tokenizer: Step, code_map: tuple[Word, ...] = ()) -> Step:
+        """Bits per image of the test half, by stream."""
+        return Step(self.root, "bits", gpt.label, (
+            "autoregressive/train/evaluate_c2i.py", "--gpt-ckpt", Made(gpt, BEST), "--code-path",
+            Made(self.codes(tokenizer, "test"), "codes"), *code_map, "--out", Own("bits.json")))
