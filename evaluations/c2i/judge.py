@@ -1,4 +1,5 @@
-"""Judge small images by a small classifier: how often it predicts the label, and the Fréchet distance of its features.
+"""Judge small images by a small classifier: how often it predicts the label, and Fréchet distance, precision and recall of its
+features.
 
 Inception features say little about such images. The reference is a set of real images that the classifier was not trained
 on; other real images judged against it give the smallest distance to expect.
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from evaluations.c2i.classifier import load_all
-from evaluations.c2i.metrics import feature_statistics, frechet_distance
+from evaluations.c2i.metrics import NEAREST_K, feature_statistics, frechet_distance, precision_recall
 from utils.class_names import ClassNames, require_same_names
 from utils.classifier import SmallClassifier, load_classifier
 from utils.config import Device, Positive, UserError, parse, run_main
@@ -55,15 +56,19 @@ def features_and_votes(classifier: SmallClassifier, images: np.ndarray, device: 
     return torch.cat(features).cpu().numpy(), torch.cat(votes).cpu().numpy()
 
 
-def judge(classifier: SmallClassifier, images: np.ndarray, labels: np.ndarray, reference: tuple[np.ndarray, np.ndarray],
-          device: torch.device) -> dict[str, float]:
-    """Figures of one set: class_accuracy in [0, 1], frechet (squared distance of Gaussians), images.
+def judge(classifier: SmallClassifier, images: np.ndarray, labels: np.ndarray, reference: np.ndarray,
+          device: torch.device) -> dict[str, float | None]:
+    """Figures of one set: class_accuracy, precision and recall in [0, 1], frechet (squared distance of Gaussians), images.
 
-    images: uint8 [N, H, W, 3]; labels [N]; reference: mean and covariance of real features.
+    images: uint8 [N, H, W, 3]; labels [N]; reference: features of real images [M, F].  Precision and recall are None for sets
+    of too few images to have neighbours.
     """
     features, votes = features_and_votes(classifier, images, device)
+    enough = min(len(features), len(reference)) > NEAREST_K
+    precision, recall = precision_recall(reference, features, device) if enough else (None, None)
     return {"class_accuracy": float((votes == labels).mean()),
-            "frechet": frechet_distance(*reference, *feature_statistics(features)), "images": len(images)}
+            "frechet": frechet_distance(*feature_statistics(reference), *feature_statistics(features)),
+            "precision": precision, "recall": recall, "images": len(images)}
 
 
 def read_samples(path: Path, size: int) -> tuple[np.ndarray, np.ndarray, str, ClassNames]:
@@ -105,8 +110,7 @@ def main() -> None:
     require_same_names(source.class_names, names, f"--reference {config.reference}", judged_by)
     # Two disjoint halves: one is the reference of all sets, the other shows what real images score against it.
     half = np.arange(len(images)) % 2 == 0
-    features, _ = features_and_votes(classifier, images[half], device)
-    reference = feature_statistics(features)
+    reference, _ = features_and_votes(classifier, images[half], device)
     results = {"real": judge(classifier, images[~half], labels[~half], reference, device)}
     results["real"]["class_accuracy"] = float((features_and_votes(classifier, images, device)[1] == labels).mean())
     for path in config.samples:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from scripts.paper.steps import Made, Own, Step, Word
 
+IMAGES_OF = {"cifar10": 50_000, "fashion-mnist": 60_000}
 IMAGES: tuple[Word, ...] = ("--image-size", 32, "--num-workers", 0)
 BEST = "run/best/gpt.safetensors"  # by early stopping
 DOWNSAMPLING = 4  # 8x8 cells: the head's 5x5 window covers 27% of the past
@@ -18,13 +19,13 @@ DOWNSAMPLING = 4  # 8x8 cells: the head's 5x5 window covers 27% of the past
 class Lengths:
     """How long everything is trained, and on how much it is scored."""
 
-    classifiers: tuple[int, int] = (2, 3)
+    classifier_epochs: tuple[int, int] = (2, 3)
     """Epochs of teacher and judge."""
-    tokenizer: tuple[int, int] = (400, 1200)
+    tokenizer_steps: tuple[int, int] = (300, 900)
     """Steps of a tokenizer's two phases, of 16 images."""
-    gpt: int = 800
+    gpt_steps: int = 400
     """Steps of a GPT, of 64 images."""
-    pilot: int = 150
+    pilot_steps: int = 80
     """Steps of a GPT in the search for its learning rate."""
     evaluations: int = 8
     """Evaluations on the validation half along a GPT's training; the weights at each are kept."""
@@ -40,19 +41,21 @@ class Data:
 
     root: Path
     name: str
-    train: str = ""
-    test: str = ""
+    files: tuple[str, str] = ("", "")
+    """npz of training and of test images; empty: torchvision downloads them."""
     lengths: Lengths = Lengths()
+    batch: int = 64
+    """Images in a step of a GPT."""
 
     @property
     def images(self) -> Step:
         """train.npz, validation.npz and test.npz."""
-        given = ("--train", self.train, "--test", self.test) if self.train else ()
+        given = ("--train", self.files[0], "--test", self.files[1]) if self.files[0] else ()
         return Step(self.root, "data", self.name, ("scripts/paper/study_data.py", "--data", self.name, *given, "--out", Own()))
 
     def classifier(self, role: str) -> Step:
         """role: teacher (the tokenizers' perceptual distance) or judge (of samples), of another width and seed."""
-        teacher, judge = self.lengths.classifiers
+        teacher, judge = self.lengths.classifier_epochs
         options: tuple[Word, ...] = ("--seed", 1, "--epochs", teacher)
         if role == "judge":
             options = "--seed", 2, "--epochs", judge, "--widths", 48, 96, 128
@@ -70,7 +73,7 @@ class Data:
 
         options: of the second phase, or of both where there is no semantic stage.
         """
-        first, second = self.lengths.tokenizer
+        first, second = self.lengths.tokenizer_steps
         staged = quantizer == "dual"
         common: tuple[Word, ...] = (
             "tokenizer/tokenizer_image/vq_train.py", "--data-path", Made(self.images, "train.npz"), "--val-path",
@@ -78,10 +81,10 @@ class Data:
             "--vq-model", "VQ-4-small", "--quantizer", quantizer, "--codebook-sizes", *sizes, "--global-batch-size", 16,
             "--lr", 1e-3, "--lr-end", 1e-4, "--ema-decay", 0.99, "--no-random-crop", "--log-every", 50,
             "--checkpoint-every", 400, "--seed", seed, "--run-dir", Own())
-        label = "-".join(map(str, (self.name, name or quantizer, *sizes, f"seed{seed}")))
+        kind, label = ("-".join(map(str, (self.name, what, *sizes, f"seed{seed}"))) for what in (quantizer, name or quantizer))
         start: tuple[Word, ...] = ("--codebook-init", "kmeans", "--kmeans-vectors", 32768, "--revive-every", 50)
         both = () if staged else options
-        begun = Step(self.root, "tokenizer", f"{label}-first", (
+        begun = Step(self.root, "tokenizer", f"{kind}-first", (
             *common, "--stage", "semantic" if staged else "single", "--steps", first, *start, *both))
         again = start if staged else ("--revive-every", 50)
         return Step(self.root, "tokenizer", label, (
@@ -113,19 +116,45 @@ class Data:
             "tokenizer/tokenizer_image/rearrange.py", "--vq-ckpt", Made(tokenizer), "--method", method, "--clusters", clusters,
             "--out", Own("map")))
 
-    def gpt(self, name: str, tokenizer: Step, options: tuple[Word, ...], lr: float, seed: int, steps: int = 0) -> Step:
-        """A GPT on the codes of a tokenizer, its weights kept at every evaluation on the validation half."""
-        steps, every = (steps, 1) if steps else (self.lengths.gpt, self.lengths.evaluations)
-        return Step(self.root, "gpt", f"{self.name}-{name}-lr{lr:g}-{steps}-seed{seed}", (
-            "autoregressive/train/train_c2i.py", "--gpt-model", "GPT-tiny", "--image-size", 32, "--downsample-size", DOWNSAMPLING,
-            "--num-classes", 10, "--code-path", Made(self.codes(tokenizer, "train"), "codes"), "--val-code-path",
-            Made(self.codes(tokenizer, "validation"), "codes"), "--eval-every", steps // every, "--data-parallel", "none",
-            "--num-workers", 0, "--global-batch-size", 64, "--dropout", 0, "--lr", lr, "--warmup-steps", 50, "--ema-decay", 0.99,
-            "--steps", steps, "--log-every", 25, "--checkpoint-every", 200, "--keep-best", "--seed", seed, *options,
-            "--run-dir", Own("run")))
+    def gpt_words(self, tokenizer: Step, options: tuple[Word, ...], lr: float) -> tuple[Word, ...]:
+        """Options of a GPT's training on the codes of a tokenizer, but for its length and folder."""
+        return ("--image-size", 32, "--downsample-size", DOWNSAMPLING, "--num-classes", 10, "--code-path",
+                Made(self.codes(tokenizer, "train"), "codes"), "--data-parallel", "none", "--num-workers", 0, "--dropout", 0,
+                "--global-batch-size", self.batch, "--lr", lr, "--warmup-steps", 50, "--ema-decay", 0.99, *options)
+
+    def gpt(self, name: str, tokenizer: Step, options: tuple[Word, ...], lr: float, seed: int, pilot: bool = False,
+            keep: int = 0) -> Step:
+        """A GPT; `best` in its folder are the weights of the evaluation with the fewest bits on the validation half.
+
+        The learning rate is constant and the weights are averaged, so that every evaluation along the training is as good an
+        end as the last.  pilot: a short training to choose the learning rate by; keep: a step whose weights are kept too.
+        """
+        steps, evaluations = (self.lengths.pilot_steps, 1) if pilot else (self.lengths.gpt_steps, self.lengths.evaluations)
+        kept = ("--keep-every", keep / (IMAGES_OF[self.name] // self.batch)) if keep else ()
+        return Step(self.root, "pilot" if pilot else "gpt", f"{self.name}-{name}-lr{lr:g}-seed{seed}", (
+            "autoregressive/train/train_c2i.py", *self.gpt_words(tokenizer, options, lr), "--val-code-path",
+            Made(self.codes(tokenizer, "validation"), "codes"), "--eval-every", steps // evaluations, "--keep-best",
+            "--steps", steps, "--log-every", 25, "--checkpoint-every", 200, *kept, "--seed", seed, "--run-dir", Own("run")))
 
     def bits(self, gpt: Step, tokenizer: Step, code_map: tuple[Word, ...] = ()) -> Step:
         """Bits per image of the test half, by stream."""
         return Step(self.root, "bits", gpt.label, (
             "autoregressive/train/evaluate_c2i.py", "--gpt-ckpt", Made(gpt, BEST), "--code-path",
             Made(self.codes(tokenizer, "test"), "codes"), *code_map, "--out", Own("bits.json")))
+
+    def sweep(self, label: str, gpt: Made, decoder: Made, half: str, ranges: tuple[str, ...], options: tuple[Word, ...],
+              seed: int) -> Step:
+        """The judge's figures of samples along ranges of guidance, against a half: validation to choose by, test to report."""
+        return Step(self.root, "sweep", f"{self.name}-{label}-{half}", (
+            "scripts/paper/sweep_c2i.py", "--gpt-ckpt", gpt, "--vq-ckpt", decoder, "--per-class", self.lengths.tuning_per_class,
+            "--batch-size", 250, "--reference", Made(self.images, f"{half}.npz"), "--judge",
+            Made(self.classifier("judge"), "classifier.safetensors"), "--seed", seed, *options, "--ranges", *ranges,
+            "--folder", Own("sweep")))
+
+    def samples(self, label: str, gpt: Made, decoder: Made, options: tuple[Word, ...], seed: int, per_class: int = 0,
+                alone: bool = False) -> Step:
+        """Samples to score; alone: to time."""
+        return Step(self.root, "samples", f"{self.name}-{label}", (
+            "autoregressive/sample/sample_c2i_ddp.py", "--gpt-ckpt", gpt, "--vq-ckpt", decoder, "--per-class",
+            per_class or self.lengths.per_class, "--batch-size", 250, "--seed", seed, *options, "--out", Own("samples.npz")),
+            alone=alone)

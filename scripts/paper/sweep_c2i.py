@@ -24,7 +24,6 @@ from evaluations.c2i.evaluation_file import EvaluationFile
 from evaluations.c2i.evaluator import compare
 from evaluations.c2i.features import FeatureSource
 from evaluations.c2i.judge import features_and_votes, judge
-from evaluations.c2i.metrics import feature_statistics
 from scripts.paper.plots import Curve, Panel, draw
 from scripts.paper.table import markdown_table
 from utils.classifier import load_classifier
@@ -93,7 +92,7 @@ def judge_figures(config: SweepConfig, size: int, device: torch.device) -> Calla
     """A function that gives a small classifier's figures of an npz against --reference, cropped to `size` pixels."""
     classifier = load_classifier(config.judge, option="--judge").to(device)
     images, _ = load_all(open_images(config.reference, "--reference"), size)
-    reference = feature_statistics(features_and_votes(classifier, images, device)[0])
+    reference, _ = features_and_votes(classifier, images, device)
 
     def evaluate(path: Path) -> Figures:
         with np.load(path) as data:

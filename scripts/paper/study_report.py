@@ -1,0 +1,231 @@
+"""The study's report: a table and a picture for each part that is done, every difference with its verdict.
+
+    python scripts/paper/study_report.py --study runs/study/study.json --out FOLDER     the same report of figures at hand
+
+A mean over seeds has its standard error beside it.  Two rows differ where the mean difference of paired seeds exceeds two
+standard errors of that difference; otherwise the report says that it found no difference.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its path
+
+from scripts.paper.estimates import Estimate, at, differs, estimate, paired, verdict
+from scripts.paper.plots import Curve, Panel, draw
+from scripts.paper.table import markdown_table
+from utils.config import parse, run_main
+from utils.files import check_writable, read_json, write_text
+from utils.pictures import save_picture
+
+Row = Mapping[str, Any]
+Rows = Mapping[str, Row]
+Seeds = dict[int, float]
+BASE = {"A": "associated", "B": "compressed", "beyond": "compressed", "C": "iar2", "D": "constant"}  # what others are set against
+
+
+@dataclass
+class ReportConfig:
+    """Options of the report."""
+
+    study: Path
+    """study.json."""
+    out: Path
+    """Folder for report.md and its pictures."""
+
+
+def of_seeds(row: Row, value: Callable[[Any], float]) -> Seeds:
+    """A figure of a row by seed; value: takes it from what a seed has."""
+    return {int(seed): value(figures) for seed, figures in row["seeds"].items()}
+
+
+def mean(row: Row, value: Callable[[Any], float]) -> Estimate:
+    """A figure's mean over seeds."""
+    return estimate(list(of_seeds(row, value).values()))
+
+
+def against(row: Row, base: Row, value: Callable[[Any], float], digits: int, lower_is_better: bool = True) -> str:
+    """The paired difference to the base row and its verdict."""
+    if row is base:
+        return "–"
+    difference = paired(of_seeds(row, value), of_seeds(base, value))
+    word = verdict(difference, lower_is_better)
+    sign = "+" if difference.mean > 0 else ""
+    return f"{sign}{difference.text(digits)}: {f'**{word}**' if differs(difference) else word}"
+
+
+def named(key: str) -> Callable[[Any], float]:
+    """Takes a figure by its name."""
+    return lambda figures: figures[key]
+
+
+# A
+
+def bits_per_cell(figures: Any) -> float:
+    """Entropy of the codes of a cell, were its streams independent: log2 of the perplexities."""
+    return sum(math.log2(value) for name, value in figures.items() if name.startswith("perplexity_"))
+
+
+def tokenizers(rows: Rows) -> tuple[str, list[Panel]]:
+    """Part A's table and picture."""
+    base = rows[BASE["A"]]
+    cells = [[row["label"], str(row["entries"]), mean(row, bits_per_cell).text(2), mean(row, named("psnr")).text(2),
+              mean(row, named("ssim")).text(3), mean(row, named("lpips")).text(4), mean(row, named("frechet")).text(3),
+              against(row, base, named("psnr"), 2, False), against(row, base, named("frechet"), 3)] for row in rows.values()]
+    head = ["tokenizer", "table entries", "bits per cell", "PSNR (dB)", "SSIM", "LPIPS", "Fréchet", "PSNR against IAR2's",
+            "Fréchet against IAR2's"]
+    panels = [Panel("", x, y, [Curve(row["label"], [where(row)], [mean(row, named(key)).mean], look)
+                               for look, row in enumerate(rows.values())], log_x=log)
+              for key, y in (("psnr", "PSNR (dB)"), ("frechet", "Fréchet distance"))
+              for x, where, log in (("table entries", lambda row: row["entries"], True),
+                                    ("bits per cell", lambda row: mean(row, bits_per_cell).mean, False))]
+    return markdown_table(head, cells), panels
+
+
+# B and beyond
+
+def mean_curve(row: Row, seconds: float = 0.0) -> tuple[list[float], list[float]]:
+    """Validation bits along the training, averaged over seeds: over images seen, or over seconds where a step takes so many."""
+    curves = [figures["curve"] for figures in row["seeds"].values()]
+    images = [point[0] for point in curves[0]]
+    bits = [sum(curve[index][1] for curve in curves) / len(curves) for index in range(len(images))]
+    return [count * seconds for count in images] if seconds else images, bits
+
+
+def in_time(row: Row, time: float, batch: int) -> Callable[[Any], float]:
+    """Takes the validation bits after so many seconds of training, between evaluations."""
+    images = time / row["seconds"] * batch
+    return lambda figures: at(images, *zip(*figures["curve"], strict=True))
+
+
+def paradigms(rows: Rows, base: Row, batch: int) -> tuple[str, list[Panel]]:
+    """Part B's table and picture."""
+    # The longest time that all curves reach: the whole training of the row with the cheapest step.
+    time = min(row["seconds"] / batch * next(iter(row["seeds"].values()))["curve"][-1][0] for row in rows.values())
+    cells = []
+    for row in rows.values():
+        timed = paired(of_seeds(row, in_time(row, time, batch)), of_seeds(base, in_time(base, time, batch)))
+        late = "–" if row is base else (f"{'+' if timed.mean > 0 else ''}{timed.text(1)}: "
+                                        f"{f'**{verdict(timed)}**' if differs(timed) else verdict(timed)}")
+        cells.append([row["label"], f"{row['parameters'] / 1e6:.2f}", f"{row['lr']:g}", f"{row['seconds']:.3f}",
+                      mean(row, named("bits_per_image")).text(1), mean(row, named("nats_semantic")).text(3),
+                      mean(row, named("nats_detail")).text(3), against(row, base, named("bits_per_image"), 1), late])
+    head = ["system", "parameters (M)", "learning rate", "s a step", "bits per image", "semantic nats", "detail nats",
+            "against IAR2, equal images", f"against IAR2 (validation), equal time ({time:.0f} s)"]
+    panels = [Panel("", x, "validation bits per image", [
+        Curve(row["label"], *mean_curve(row, row["seconds"] / batch if timed else 0.0), look)
+        for look, row in enumerate(rows.values())], log_x=True)
+        for x, timed in (("images seen", False), ("seconds of training", True))]
+    return markdown_table(head, cells), panels
+
+
+# C
+
+def whole_systems(part: Row) -> tuple[str, list[Panel]]:
+    """Part C's table and picture."""
+    rows, bound = part["systems"], part["reconstructions"]
+    base, cells = rows[BASE["C"]], []
+    for row in rows.values():
+        def point(name: str, when: str) -> Callable[[Any], float]:
+            return lambda figures: figures[when][name]
+        parameters = sum(stage["parameters"] for stage in row["stages"].values())
+        cells.append([row["label"], f"{parameters / 1e6:.2f}", f"{row['seconds']:.3f}", row["range"].replace(":", " to "),
+                      *(mean(row, point(name, "images")).text(digits) for name, digits in
+                        (("frechet", 2), ("precision", 3), ("recall", 3), ("class_accuracy", 3))),
+                      against(row, base, point("frechet", "images"), 2), mean(row, point("frechet", "time")).text(2),
+                      against(row, base, point("frechet", "time"), 2), f"{row['images_per_second']:.0f}"])
+    for name, figures in bound.items():
+        label = "real images" if name == "real" else f"reconstructions of the {name} tokenizer ({figures['psnr']:.2f} dB)"
+        cells.append([label, "", "", "", f"{figures['frechet']:.2f}", f"{figures['precision']:.3f}", f"{figures['recall']:.3f}",
+                      f"{figures['class_accuracy']:.3f}", "", "", "", ""])
+    head = ["system", "parameters (M)", "s a step", "guidance", "Fréchet", "precision", "recall", "class accuracy",
+            "Fréchet against IAR2", "Fréchet, equal time", "against IAR2", "images/s"]
+    levels = [Curve(f"reconstructions ({name})", [], [bound[name]["frechet"]], 8 + index)
+              for index, name in enumerate(("dual", "single"))]
+    def averages(row: Row, name: str, *when: str) -> list[float]:
+        return [sum(figures[point][name] for figures in row["seeds"].values()) / len(row["seeds"]) for point in when]
+    ends = {name: [row["seconds"] * row["steps_at_equal_time"], row["seconds"] * part["steps"]] for name, row in rows.items()}
+    panels = [
+        Panel("", "training seconds", "Fréchet distance", [*(
+            Curve(row["label"], ends[name], averages(row, "frechet", "time", "images"), look)
+            for look, (name, row) in enumerate(rows.items())), *levels]),
+        Panel("", "recall", "precision", [
+            Curve(row["label"], averages(row, "recall", "images"), averages(row, "precision", "images"), look)
+            for look, row in enumerate(rows.values())])]
+    return markdown_table(head, cells), panels
+
+
+# D
+
+def lowest(figures: Mapping[str, Any]) -> float:
+    """The lowest Fréchet distance along a schedule's scales."""
+    return min(each["frechet"] for each in figures.values())
+
+
+def at_scales(row: Row, text: str) -> dict[str, float]:
+    """The means of a schedule's figures at one range of scales."""
+    seeds = list(row["seeds"].values())
+    return {name: sum(figures[text][name] for figures in seeds) / len(seeds)
+            for name in ("precision", "recall", "frechet", "class_accuracy")}
+
+
+def schedules(rows: Rows) -> tuple[str, list[Panel]]:
+    """Part D's table and picture."""
+    base, cells, curves = rows[BASE["D"]], [], []
+    for look, row in enumerate(rows.values()):
+        scales = list(next(iter(row["seeds"].values())))
+        means = {text: at_scales(row, text) for text in scales}
+        best = min(means, key=lambda text: means[text]["frechet"])
+        cells.append([row["label"], best.replace(":", " to "), mean(row, lowest).text(3), f"{means[best]['precision']:.3f}",
+                      f"{means[best]['recall']:.3f}", f"{means[best]['class_accuracy']:.3f}", against(row, base, lowest, 3)])
+        curves.append(Curve(row["label"], [means[text]["recall"] for text in scales],
+                            [means[text]["precision"] for text in scales], look))
+    head = ["schedule", "best scales", "lowest Fréchet", "precision there", "recall there", "class accuracy there",
+            "lowest Fréchet against constant"]
+    return markdown_table(head, cells), [Panel("", "recall", "precision", curves)]
+
+
+TITLES = {
+    "A": "A. Tokenizers (CIFAR-10)", "B": "B. Paradigms on one frozen dual tokenizer (CIFAR-10)",
+    "beyond": "Beyond the paper, judged as B (CIFAR-10)", "C": "C. End to end (Fashion-MNIST)",
+    "D": "D. Guidance (Fashion-MNIST)",
+}
+
+
+def section(part: str, study: Row) -> tuple[str, list[Panel]]:
+    """The table and the panels of a part."""
+    figures, batch = study[part], 64
+    if part == "A":
+        return tokenizers(figures)
+    if part == "C":
+        return whole_systems(figures)
+    if part == "D":
+        return schedules(figures)
+    return paradigms(figures, figures[BASE[part]], batch)
+
+
+def write_report(file: Path, folder: Path) -> None:
+    """Write report.md and study-PART.png of the figures in `file`; raises UserError where it is no study."""
+    study = read_json(file, "--study", "the study's figures")
+    text = ["# The study\n"]
+    for part in (name for name in TITLES if study.get(name)):
+        table, panels = section(part, study)
+        save_picture(draw(panels, size=(6.0, 4.2)), folder / f"study-{part}.png", dpi=90)
+        text.append(f"## {TITLES[part]}\n\n{table}\n![{TITLES[part]}](study-{part}.png)\n")
+    write_text(folder / "report.md", "\n".join(text))
+
+
+def main() -> None:
+    """Parse options and write the report."""
+    config = parse(ReportConfig)
+    check_writable(config.out, "--out")
+    write_report(config.study, config.out)
+    print((config.out / "report.md").read_text())
+
+
+if __name__ == "__main__":
+    run_main(main)
