@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,7 +109,7 @@ def test_rows_differ_by_what_they_declare_alone(tmp_path):
 
 def test_a_step_is_named_by_its_content(tmp_path):
     """Another option anywhere upstream makes another folder, and the same words anywhere the same one."""
-    def bits(seed: int = 0, **lengths: tuple[int, int]) -> Path:
+    def bits(seed: int = 0, **lengths: Any) -> Path:
         data = Data(tmp_path, "cifar10", ("train.npz", "test.npz"), Lengths(**lengths))
         tokenizer = dual_tokenizer(data)
         return data.bits(Trial(data, systems.IAR2, tokenizer).train(1e-3, seed), tokenizer).folder
