@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from autoregressive.models.attention import KVCache, Span
+from autoregressive.models.order import RASTER, Permuted, RandomOrder, Raster
 from autoregressive.models.paradigms import PARADIGMS
 from autoregressive.models.transformer import Block, GPTConfig, rotary_table
 from utils.checkpoint import read_export, restore
@@ -69,6 +70,8 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(Block(config, row.attend) for _ in range(config.n_layer))
         self.paradigm = row.build(config)
         self.register_buffer("rotary", self.build_rotary(), persistent=False)
+        random = config.order == "random"
+        self.order = RandomOrder(config, self.paradigm.cell_of, self.paradigm.streams_of) if random else None
         self.init_weights()
 
     def build_rotary(self) -> Tensor:
@@ -111,17 +114,30 @@ class GPT(nn.Module):
             return checkpoint(partial(block, **kwargs), *args, use_reentrant=False)
         return block(*args, **kwargs)
 
-    def forward(self, labels: Tensor, codes: Tensor) -> list[Tensor]:
+    def forward(self, labels: Tensor, codes: Tensor, order: Tensor | None = None) -> list[Tensor]:
         """Teacher-forced logits.
 
-        labels: [B] in [0, num_classes]; codes: [B, C, N] int64.  Returns C tensors [B, N, K_c].
+        labels: [B] in [0, num_classes]; codes: [B, C, N] int64; order: [B, N] int64, the cell predicted at each place, for a
+        GPT with `order="random"`, or None for raster.  Returns C tensors [B, N, K_c], by cell.
         """
+        taken = self.take_order(order)
         condition = self.cls_embedding(self.drop_classes(labels))[:, None]         # [B, 1, D]
-        x = torch.cat([condition, self.paradigm.inputs(codes)], dim=1)             # [B, T, D]
+        x = torch.cat([condition, self.paradigm.inputs(taken.codes(codes))], dim=1)  # [B, T, D]
         x = self.token_dropout(x)
+        if self.order is not None:
+            x = x + self.order.target(taken.targets(self.order.cell_of))
+        rotary = taken.rotary(self.rotary)
         for block in self.layers:
-            x = self.run_block(block, x, self.rotary)
-        return self.paradigm.logits(x, codes, self.run_block)
+            x = self.run_block(block, x, rotary)
+        return self.paradigm.logits(taken.states(x), codes, self.run_block, taken.places)
+
+    def take_order(self, order: Tensor | None) -> Raster:
+        """How a pass goes in the order [B, N], or in raster for None; raises ValueError where the GPT knows raster alone."""
+        if order is None:
+            return RASTER
+        if self.order is None:
+            raise ValueError('order needs a GPT with order="random": in raster order nothing says which cell is predicted next.')
+        return Permuted(order, self.order)
 
     def class_token(self, labels: Tensor) -> Tensor:
         """The first trunk input: [B] -> [B, D]."""
@@ -133,6 +149,8 @@ class GPT(nn.Module):
         x: [B, D], the class token or what `paradigm.decode` returned; cache: filled up to `position` [1] int64, which is
         written; keys: the first positions of the cache [S], `position` among them.  Returns hidden states [B, D].
         """
+        if self.order is not None:
+            x = x + self.order.target(self.order.cell_of.index_select(0, position))
         x, rotary = x[:, None], self.rotary.index_select(0, position)
         mask = torch.zeros_like(keys, dtype=x.dtype).masked_fill_(keys > position, -torch.inf)  # [S]
         span = Span(position, len(keys), mask[None, None, None])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from autoregressive.models.attention import KVCache, Span, short_causal_attention
+from autoregressive.models.order import predicted_before, take_rows
 from autoregressive.models.transformer import Block, GPTConfig, RunBlock
 
 
@@ -57,11 +58,16 @@ class LocalContext(nn.Module):
         weight = next(self.expand.parameters())
         return self.compress(torch.zeros(self.dim, device=weight.device, dtype=weight.dtype))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Trunk states of all cells [B, N, D] -> summaries [B, N, D]."""
+    def forward(self, hidden: Tensor, places: Tensor | None = None) -> Tensor:
+        """Trunk states of all cells [B, N, D] -> summaries [B, N, D].
+
+        places: [B, N] place of each cell in the order of prediction; a neighbour predicted later counts as outside the grid.
+        None: raster.
+        """
         small = self.compress(hidden)                                              # [B, N, c]
         small = torch.cat([small, self.border().expand(len(small), 1, -1).type_as(small)], dim=1)
-        return self.expand(small[:, self.window].flatten(2))                       # [B, N, n c] -> [B, N, D]
+        near = small[:, self.window] if places is None else take_rows(small, predicted_before(self.window, places))
+        return self.expand(near.flatten(2))                                        # [B, N, n c] -> [B, N, D]
 
     def new_state(self, batch: int) -> Tensor:
         """Room for what each cell contributes, the border's in the last row [B, N + 1, c]."""
@@ -103,13 +109,14 @@ class LocalContextHead(nn.Module):
         rotary[: self.leading] = 0                                                 # the release's first row
         self.register_buffer("rotary", rotary if config.head_rotary == "zero_summary" else None, persistent=False)
 
-    def forward(self, hidden: Tensor, embedded: list[Tensor], run_block: RunBlock) -> Tensor:
+    def forward(self, hidden: Tensor, embedded: list[Tensor], run_block: RunBlock, places: Tensor | None = None) -> Tensor:
         """Teacher-forced head states.
 
         hidden: trunk states [B, N, D]; embedded: the embeddings of all streams but the last, each [B, N, D];
-        run_block: calls a layer (with activation checkpointing where wanted).  Returns [B, N, C, D].
+        run_block: calls a layer (with activation checkpointing where wanted); places: as in `LocalContext`.  Returns
+        [B, N, C, D].
         """
-        leading = [] if self.context is None else [self.context(hidden)]
+        leading = [] if self.context is None else [self.context(hidden, places)]
         x = torch.stack([*leading, hidden, *embedded], dim=2).flatten(0, 1)        # [B N, slots, D]
         for index, block in enumerate(self.layers):
             # The summary predicts nothing: the last layer needs it only as a key.

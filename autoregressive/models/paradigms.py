@@ -69,10 +69,11 @@ class Paradigm(nn.Module):
         """Codes [B, C, N] -> trunk inputs after the class token [B, T - 1, D]."""
         raise NotImplementedError
 
-    def logits(self, hidden: Tensor, codes: Tensor, run_block: RunBlock) -> list[Tensor]:
+    def logits(self, hidden: Tensor, codes: Tensor, run_block: RunBlock, places: Tensor | None = None) -> list[Tensor]:
         """Trunk states [B, T, D] and codes [B, C, N] -> teacher-forced logits [B, N, K_c] of each predicted stream.
 
-        run_block: calls a transformer layer (with activation checkpointing where wanted).
+        run_block: calls a transformer layer (with activation checkpointing where wanted); places: [B, N] place of each cell in
+        the order of prediction, None for raster.  States are those of the steps of raster order, whatever the order.
         """
         raise NotImplementedError
 
@@ -131,7 +132,7 @@ class Alternating(Paradigm):
         embedded = torch.stack(self.embed_streams(codes), dim=1)                   # [B, C, N, D]
         return embedded[:, self.stream_of[:-1], self.cell_of[:-1]]
 
-    def logits(self, hidden: Tensor, codes: Tensor, run_block: RunBlock) -> list[Tensor]:
+    def logits(self, hidden: Tensor, codes: Tensor, run_block: RunBlock, places: Tensor | None = None) -> list[Tensor]:
         """Trunk states [B, T, D] -> C teacher-forced logits [B, N, K_c]."""
         hidden = self.norm(hidden)
         return [output(hidden[:, self.step_of[stream]]) for stream, output in enumerate(self.outputs)]
@@ -173,7 +174,7 @@ class Independent(Paradigm):
         """Codes [B, C, N] -> fused tokens of all cells but the last [B, N - 1, D]."""
         return self.fuse(codes[..., :-1])
 
-    def logits(self, hidden: Tensor, codes: Tensor, run_block: RunBlock) -> list[Tensor]:
+    def logits(self, hidden: Tensor, codes: Tensor, run_block: RunBlock, places: Tensor | None = None) -> list[Tensor]:
         """Trunk states [B, N, D] -> C teacher-forced logits [B, N, K_c]."""
         hidden = self.norm(hidden)
         return [output(hidden) for output in self.outputs]
@@ -213,9 +214,9 @@ class Hierarchical(Independent):
         super().__init__(config)
         self.head = LocalContextHead(config)
 
-    def logits(self, hidden: Tensor, codes: Tensor, run_block: RunBlock) -> list[Tensor]:
+    def logits(self, hidden: Tensor, codes: Tensor, run_block: RunBlock, places: Tensor | None = None) -> list[Tensor]:
         """Trunk states [B, N, D] and codes [B, C, N] -> C teacher-forced logits [B, N, K_c]."""
-        states = self.norm(self.head(hidden, self.embed_streams(codes[:, :-1]), run_block))  # [B, N, C, D]
+        states = self.norm(self.head(hidden, self.embed_streams(codes[:, :-1]), run_block, places))  # [B, N, C, D]
         return [output(states[:, :, stream]) for stream, output in enumerate(self.outputs)]
 
     def new_state(self, batch: int) -> DecodeState:
@@ -249,7 +250,7 @@ class FineLabels(Paradigm):
         """Codes [B, 1 or 2, N] -> embeddings of the coarse labels of all cells [B, N, D]."""
         return self.embeddings[0](codes[:, 0])
 
-    def logits(self, hidden: Tensor, codes: Tensor, run_block: RunBlock) -> list[Tensor]:
+    def logits(self, hidden: Tensor, codes: Tensor, run_block: RunBlock, places: Tensor | None = None) -> list[Tensor]:
         """States of the class token and all cells [B, 1 + N, D] -> fine logits [B, N, K_fine]."""
         return [self.outputs[0](self.norm(hidden[:, 1:]))]
 

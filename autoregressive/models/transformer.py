@@ -38,6 +38,7 @@ class GPTConfig:
     class_dropout: float = 0.1
     rotary: Literal["grid", "repeated"] = "grid"
     head_rotary: Literal["none", "zero_summary"] = "none"
+    order: Literal["raster", "random"] = "raster"
     rotary_base: float = 10_000.0
     ffn_multiple_of: int = 256
     norm_eps: float = 1e-5
@@ -114,8 +115,9 @@ class Block(nn.Module):
                 skip: int = 0) -> Tensor:
         """One layer over T new positions.
 
-        x: [B, T, D]; rotary: rows of these positions [T, D/H/2, 2], or None; cache, span: this layer's LayerCache and where
-        the positions stand in it; skip: leading positions that only serve as keys.  Returns [B, T - skip, D].
+        x: [B, T, D]; rotary: rows of these positions [T, D/H/2, 2], those of each sample [B, 1, T, D/H/2, 2], or None; cache,
+        span: this layer's LayerCache and where the positions stand in it; skip: leading positions that only serve as keys.
+        Returns [B, T - skip, D].
         """
         q, k, v = self.attention.project(self.attention_norm(x), rotary, skip)
         heads = self.attend(q, k, v) if cache is None or span is None else cache.attend(self.attend, q, k, v, span)

@@ -64,6 +64,10 @@ class GPTOptions:
     """Rotary rows: one per cell, or the released table, which repeats rows."""
     head_rotary: Literal["none", "zero_summary"] = "none"
     """Rotation of the head's slots: none, or the released zero row for the summary."""
+    order: Literal["raster", "random"] = "raster"
+    """Order of prediction in training: raster, or random annealed to raster (RAR); sampling is in raster order either way."""
+    order_anneal: tuple[Probability, Probability] = (0.5, 0.75)
+    """Random order: shares of the training, START END, between which the probability of a random order falls from 1 to 0."""
     dropout: Fraction = 0.1
     """Dropout of tokens, residual branches and feed-forward layers."""
     class_dropout: Probability = 0.1
@@ -232,16 +236,34 @@ def choose_paradigm(options: GPTOptions, codebook_sizes: tuple[int, ...], code_m
     return paradigm
 
 
+def check_order(options: GPTOptions, paradigm: str) -> None:
+    """Raise UserError where the order of prediction does not go with the paradigm or other options."""
+    start, end = options.order_anneal
+    if options.order == "raster":
+        if options.order_anneal != GPTOptions.order_anneal:
+            raise UserError(f"--order-anneal {start} {end} is of random order but --order is raster: leave it out or give "
+                            "--order random.")
+        return
+    if paradigm == "fine":
+        raise UserError("--order random does not go with --paradigm fine, which predicts all cells at once: leave it out.")
+    if options.rotary == "repeated":
+        raise UserError("--order random does not go with --rotary repeated, whose rows belong to places of raster order and not "
+                        "to cells: leave one of them out.")
+    if start > end:
+        raise UserError(f"--order-anneal {start} {end} is upside down: give START END with START <= END.")
+
+
 def gpt_config(options: GPTOptions, codebook_sizes: tuple[int, ...], code_map: CodeMap | None = None) -> GPTConfig:
     """The model that the options describe, for codes of the given codebooks; raises UserError for values that fit none."""
     require_multiple("--image-size", options.image_size, options.downsample_size, "--downsample-size")
+    paradigm = choose_paradigm(options, codebook_sizes, code_map)
+    check_order(options, paradigm)
     shape = GPT_models[options.gpt_model] | ({"head_layers": options.head_layers} if options.head_layers else {})
     return GPTConfig(
-        **shape, num_classes=options.num_classes, codebook_sizes=codebook_sizes,
-        paradigm=choose_paradigm(options, codebook_sizes, code_map),
+        **shape, num_classes=options.num_classes, codebook_sizes=codebook_sizes, paradigm=paradigm,
         context=options.context, grid_size=options.image_size // options.downsample_size, window_size=options.window_size,
         token_dropout=options.dropout, resid_dropout=options.dropout, ffn_dropout=options.dropout,
-        class_dropout=options.class_dropout, rotary=options.rotary, head_rotary=options.head_rotary)
+        class_dropout=options.class_dropout, rotary=options.rotary, head_rotary=options.head_rotary, order=options.order)
 
 
 def check_codes(config: TrainConfig, model: GPTConfig, header: CodeHeader) -> None:

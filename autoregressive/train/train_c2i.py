@@ -8,7 +8,7 @@ are not finite is left out on the device itself.
 import logging
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from autoregressive.models.gpt import GPT, GPTProvenance
 from autoregressive.models.guidance import sampling_preset
 from autoregressive.models.losses import objective
+from autoregressive.models.order import draw_orders, random_share
 from autoregressive.models.transformer import GPTConfig
 from autoregressive.train.dry_run import print_dry_run
 from autoregressive.train.estimate import fitted, measure
@@ -87,17 +88,26 @@ def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
+def step_orders(config: TrainConfig, model: GPTConfig, plan: StepPlan, step: int,
+                processes: Processes) -> Sequence[Tensor | None]:
+    """For each micro-batch of a step the order of its grids [B, N], or None where the GPT knows raster alone."""
+    if model.order == "raster":
+        return [None] * plan.accumulation
+    share = random_share(step / plan.total_steps, config.gpt.order_anneal)
+    return draw_orders(share, model.cells, plan, config.run.seed, step, processes)
+
+
 def train_step(gpt: GPT, training: TrainState, loader: Iterator[tuple[Tensor, Tensor]], plan: StepPlan, config: TrainConfig,
                run: Run, step: int) -> None:
     """One optimizer step over the micro-batches of a global batch (equation 14)."""
-    device = run.processes.device
+    device, orders = run.processes.device, step_orders(config, gpt.config, plan, step, run.processes)
     for micro in range(plan.accumulation):
         with run.timed("data"):
             batch = next(loader)
         codes, labels = (t.to(device, non_blocking=True) for t in batch)
         synchronize_gradients(training.model, last=micro == plan.accumulation - 1)
         with autocast(config, device):
-            logits = training.model(labels, codes)
+            logits = training.model(labels, codes, orders[micro])
             loss, parts = objective(logits, gpt.paradigm.targets(codes), config.objective)
         (loss / plan.accumulation).backward()
         run.metrics.add(parts)
