@@ -41,7 +41,7 @@ from autoregressive.models.generate import Decoder, Sampler, SamplingOptions, dr
 from autoregressive.models.gpt import GPT, GPT_models, build_gpt, place
 from autoregressive.models.losses import stream_losses
 from autoregressive.sample.pipeline import load_in
-from autoregressive.train.train_c2i import make_optimizer
+from autoregressive.train.optimizers import make_optimizer
 from evaluations.c2i.metrics import feature_statistics, frechet_distance, inception_score, precision_recall
 from scripts import published_structure
 from scripts.benchmark_commands import benchmark_extract, benchmark_sample
@@ -238,7 +238,7 @@ def benchmark_evaluate(config: BenchmarkConfig, device: torch.device) -> dict[st
 def benchmark_checkpoint(config: BenchmarkConfig, gpt: GPT, processes: Processes) -> dict[str, float]:
     """Seconds that a sharded training waits: for a whole checkpoint, and for one that is written beside it."""
     model = parallelize(gpt, gpt.blocks, "fsdp", processes, bf16=False)
-    training = TrainState(model, make_optimizer(model, OptimOptions()), None)
+    training = TrainState(model, make_optimizer(gpt, OptimOptions()), None)
     with TemporaryDirectory() as folder:
         places = [folder]
         dist.broadcast_object_list(places)

@@ -18,6 +18,7 @@ import torch
 from autoregressive.models.gpt import load_gpt
 from autoregressive.models.guidance import sampling_preset
 from autoregressive.train import evaluate_c2i, train_c2i
+from autoregressive.train.optimizers import make_optimizer
 from autoregressive.train.options import RECIPES, GPTOptions, TrainConfig, gpt_config, recipe
 from tests.conftest import REPOSITORY, call, command, losses
 from tests.test_codes import write_codes
@@ -237,7 +238,7 @@ def test_models_are_kept_by_epoch(codes, tmp_path):
 
 def test_biases_and_norms_do_not_decay(gpt):
     """As in the released DDP trainer; its FSDP trainer decays them too."""
-    decayed, kept = train_c2i.make_optimizer(gpt, OptimOptions(weight_decay=0.05)).param_groups
+    decayed, kept = make_optimizer(gpt, OptimOptions(weight_decay=0.05)).param_groups
     assert {p.ndim for p in kept["params"]} == {1} and kept["weight_decay"] == 0 and decayed["weight_decay"] == 0.05
     assert sum(p.numel() for group in (decayed, kept) for p in group["params"]) == sum(p.numel() for p in gpt.parameters())
 

@@ -87,7 +87,8 @@ def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
     left out.
     """
     for group in optimizer.param_groups:  # only a fused step can be left out; a checkpoint from before may say otherwise
-        group |= {"fused": True, "foreach": False}
+        if "fused" in group:              # Muon's, which is left out too, has but one kind
+            group |= {"fused": True, "foreach": False}
     fused: Any = optimizer  # the fields by which torch's own gradient scaler does the same
     fused.grad_scale, fused.found_inf = None, (~torch.isfinite(norm)).float()
     optimizer.step()

@@ -3,7 +3,7 @@
 from typing import Any
 
 from autoregressive.models.transformer import GPTConfig
-from autoregressive.train.estimate import Footprint, fitted, measure, memory, usable
+from autoregressive.train.estimate import Footprint, fitted, kept_states, measure, memory, usable
 from autoregressive.train.options import TrainConfig, check_codes, gpt_config, known_codes, mapped_header
 from utils.batches import StepPlan, plan_steps
 from utils.config import flatten, to_dict
@@ -65,7 +65,7 @@ def print_dry_run(config: TrainConfig, processes: Processes) -> None:
                        f"{config.parallel.data_parallel}, {'bf16' if bf16 else 'float32'}"
                        f"{', layers recomputed' if config.parallel.activation_checkpointing else ''}",
         "memory of a device": memory_row(config, footprint, world_size, device_bytes, bf16),
-        "checkpoint": f"{footprint.parameters * 4 * (3 + bool(config.optim.ema_decay)) / 2**30:.1f} GiB, "
+        "checkpoint": f"{4 * kept_states(footprint, config) / 2**30:.1f} GiB, "
                       f"{config.run.keep_checkpoints} kept",
         "compute": compute_row(config, footprint, plan, peak_flops(processes.device, config.devices.peak_tflops)),
     }

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autoregressive.models.gpt import GPT
 from autoregressive.models.transformer import GPTConfig
+from autoregressive.train.optimizers import OPTIMIZERS, hidden_matrices
 from autoregressive.train.options import TrainConfig
 from utils.batches import split_batch
 from utils.distributed import shard_group
@@ -26,6 +27,7 @@ class Footprint:
     """What one GPT computes and keeps for a grid."""
 
     parameters: int
+    hidden: int              # of the parameters, those in hidden matrices
     flops: float             # of the forward pass
     kept: float              # bytes kept for the backward pass
     kept_recomputing: float  # the same under activation checkpointing
@@ -78,8 +80,15 @@ def measure(config: GPTConfig, bf16: bool) -> Footprint:
             (flops[recomputing], one), (_, two) = (_forward(gpt, grids, bf16) for grids in (1, 2))
             kept[recomputing] = two - one  # without what does not grow with the batch: bf16 copies of the weights
         parameters = sum(p.numel() for p in gpt.parameters())
+        hidden = sum(p.numel() for matrices in hidden_matrices(gpt).values() for p in matrices)
     layer = (kept[False] - kept[True]) / config.n_layer  # a head's layer is larger: its share counts for the trunk's
-    return Footprint(parameters, flops[False], kept[False], kept[True], layer, config.n_layer)
+    return Footprint(parameters, hidden, flops[False], kept[False], kept[True], layer, config.n_layer)
+
+
+def kept_states(footprint: Footprint, config: TrainConfig) -> int:
+    """Numbers that a training keeps between steps, and in its checkpoints: weights, moments, and the average where kept."""
+    saved = (OPTIMIZERS["adamw"].hidden_moments - OPTIMIZERS[config.optimizer].hidden_moments) * footprint.hidden
+    return footprint.parameters * (3 + bool(config.optim.ema_decay)) - saved
 
 
 def memory(footprint: Footprint, config: TrainConfig, world_size: int, bf16: bool) -> Memory:
@@ -87,9 +96,8 @@ def memory(footprint: Footprint, config: TrainConfig, world_size: int, bf16: boo
     parallel, parameters = config.parallel, footprint.parameters
     micro, accumulation = split_batch(config.batch, world_size)
     shards = {"fsdp": world_size, "hsdp": shard_group(parallel.shard_size)}.get(parallel.data_parallel, 1)
-    # float32 weights, gradients and two moments, and the average where kept; gradients of accumulated micro-batches stay whole
-    # under FSDP.
-    states = parameters * 4 * (4 + bool(config.optim.ema_decay)) / shards
+    # All in float32, gradients too; those of accumulated micro-batches stay whole under FSDP.
+    states = 4 * (kept_states(footprint, config) + parameters) / shards
     states += parameters * 4 * (shards > 1 and accumulation > 1)
     # Autocast keeps bf16 copies of all weights; FSDP gathers two layers at a time, with gradients of one.
     whole = 2 * parameters * bf16

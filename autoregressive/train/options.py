@@ -9,6 +9,7 @@ from autoregressive.models.guidance import ATTENTION_WEIGHT
 from autoregressive.models.losses import ObjectiveOptions
 from autoregressive.models.paradigms import PARADIGMS
 from autoregressive.models.transformer import GPTConfig
+from autoregressive.train.optimizers import OPTIMIZERS
 from utils.batches import BatchOptions
 from utils.code_map import CodeMap, load_code_map
 from utils.code_shards import CodeHeader, read_joint_header, require_fit
@@ -122,6 +123,8 @@ class TrainConfig:
     parallel: ParallelOptions
     batch: BatchOptions = field(default_factory=lambda: BatchOptions(epochs=300, global_batch_size=256))
     optim: OptimOptions = field(default_factory=lambda: OptimOptions(weight_decay=0.05))
+    optimizer: Annotated[str, choices(OPTIMIZERS)] = "adamw"
+    """adamw, as in table 11, or muon (not of the paper): Muon for hidden matrices, AdamW for the rest."""
     recipe: Annotated[str, choices(ATTENTION_WEIGHT)] = "paper"
     """IAR2's learning rates, λ_s and w of the guidance: table 11 and the paper's text, or the released trainers and sampler."""
     init_from: str = ""
@@ -131,7 +134,7 @@ class TrainConfig:
 
 # Options that must not change on resume.
 FIXED_OPTIONS = ("seed", "global_batch_size", "ema_decay", "lr_schedule", "weight_decay", "semantic_weight", "cluster_weight",
-                 "cluster_size")
+                 "cluster_size", "optimizer")
 
 
 @dataclass(frozen=True)

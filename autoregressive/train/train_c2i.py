@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.utils.data import DataLoader
 
@@ -28,6 +28,7 @@ from autoregressive.models.transformer import GPTConfig
 from autoregressive.train.dry_run import print_dry_run
 from autoregressive.train.estimate import fitted, measure
 from autoregressive.train.evaluate_c2i import evaluate, open_held_out
+from autoregressive.train.optimizers import make_optimizer
 from autoregressive.train.options import FIXED_OPTIONS, TrainConfig, check_codes, gpt_config, mapped_header, recipe
 from utils.batches import GlobalBatches, StepPlan, plan_steps
 from utils.checkpoint import RunRecord, export, load_weights, read_initial
@@ -37,30 +38,12 @@ from utils.config import UserError, parse, run_main, to_dict
 from utils.devices import compiles, memory_bytes, peak_flops
 from utils.distributed import Processes, parallelize, setup, synchronize_gradients
 from utils.ema import EMA
-from utils.optim import (
-    OptimOptions,
-    clip_gradients,
-    initialise_optimizer,
-    learning_rate,
-    set_learning_rate,
-    step_if_finite,
-    trains_in_bf16,
-)
+from utils.optim import clip_gradients, learning_rate, set_learning_rate, step_if_finite, trains_in_bf16
 from utils.run import Run, Work, set_up_logging
 from utils.signals import ignore_in_worker
 from utils.train_state import TrainState
 
 log = logging.getLogger("train_c2i")
-
-
-def make_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.AdamW:
-    """AdamW that decays matrices and embeddings only."""
-    parameters = list(model.parameters())
-    groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": options.weight_decay},
-              {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), fused=True)
-    initialise_optimizer(optimizer)
-    return optimizer
 
 
 def set_up(config: TrainConfig, model_config: GPTConfig, initial: dict[str, Tensor],
@@ -77,7 +60,7 @@ def set_up(config: TrainConfig, model_config: GPTConfig, initial: dict[str, Tens
             block.compile()
     bf16 = trains_in_bf16(config.optim.mixed_precision, processes.device)
     model = parallelize(gpt, gpt.blocks, config.parallel.data_parallel, processes, bf16, config.parallel.shard_size)
-    optimizer = make_optimizer(model, config.optim)
+    optimizer = make_optimizer(gpt, config.optim, config.optimizer)
     ema = EMA(gpt, config.optim.ema_decay) if config.optim.ema_decay else None
     return gpt, TrainState(model, optimizer, ema)
 
