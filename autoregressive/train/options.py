@@ -58,6 +58,8 @@ class GPTOptions:
     """Layers of the hierarchical head; 0: the size's own."""
     window_size: Annotated[int, Values(int, "ODD INT>=3", "an odd integer of 3 or more", lambda k: k >= 3 and k % 2 == 1)] = 5
     """Side K of the head's local window (equation 15)."""
+    qk_norm: bool = False
+    """Normalise queries and keys of every layer before they are rotated."""
     rotary: Literal["grid", "repeated"] = "grid"
     """Rotary rows: one per cell, or the released table, which repeats rows."""
     head_rotary: Literal["none", "zero_summary"] = "none"
@@ -239,7 +241,8 @@ def gpt_config(options: GPTOptions, codebook_sizes: tuple[int, ...], code_map: C
         paradigm=choose_paradigm(options, codebook_sizes, code_map),
         context=options.context, grid_size=options.image_size // options.downsample_size, window_size=options.window_size,
         token_dropout=options.dropout, resid_dropout=options.dropout, ffn_dropout=options.dropout,
-        class_dropout=options.class_dropout, rotary=options.rotary, head_rotary=options.head_rotary)
+        class_dropout=options.class_dropout, rotary=options.rotary, head_rotary=options.head_rotary,
+        qk_norm=options.qk_norm)
 
 
 def check_codes(config: TrainConfig, model: GPTConfig, header: CodeHeader) -> None:
