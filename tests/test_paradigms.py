@@ -28,6 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "window 3": dict(window_size=3),
     "window 7": dict(window_size=7),
     "one head layer": dict(head_layers=1, grid_size=5),
+    "narrow head": dict(head_width=24),
     "normalised queries and keys": dict(qk_norm=True),
     "published rotary": dict(rotary="repeated", head_rotary="zero_summary"),
 }

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoregressive.models.attention import Attend, causal_attention, full_attention
-from autoregressive.models.local_head import HeadState, LocalContextHead, mlp
+from autoregressive.models.local_head import HeadState, LocalContextHead, at_head_width, mlp
 from autoregressive.models.transformer import GPTConfig, RunBlock
 
 # (logits [B, K_c], stream, cell [1]) -> codes [B].
@@ -52,12 +52,12 @@ class Paradigm(nn.Module):
     cell_of: Tensor  # [T] grid cell that each trunk step predicts
     streams_of: list[tuple[int, ...]]  # the streams of that cell that each trunk step predicts
 
-    def __init__(self, config: GPTConfig, outputs: list[nn.Module]) -> None:
-        """outputs: one head a predicted stream, D -> K_c."""
+    def __init__(self, config: GPTConfig, outputs: list[nn.Module], width: int = 0) -> None:
+        """outputs: one head a predicted stream, W -> K_c; width: W of the states that are normalised, 0: D."""
         super().__init__()
         self.config = config
         self.embeddings = nn.ModuleList(nn.Embedding(size, config.dim) for size in config.codebook_sizes)
-        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.norm = nn.RMSNorm(width or config.dim, config.norm_eps)
         self.outputs = nn.ModuleList(outputs)
 
     @property
@@ -156,9 +156,10 @@ class Grouped(Alternating):
 class Independent(Paradigm):
     """Fused tokens (equation 12), one trunk step a cell, the streams of a cell independent of each other."""
 
-    def __init__(self, config: GPTConfig) -> None:
-        dim = config.dim
-        super().__init__(config, [mlp(dim, 2 * dim, size) for size in config.codebook_sizes])
+    def __init__(self, config: GPTConfig, width: int = 0) -> None:
+        """width: W of the states that logits come from, 0: D."""
+        dim, width = config.dim, width or config.dim
+        super().__init__(config, [mlp(width, 2 * width, size) for size in config.codebook_sizes], width)
         self.fusion = mlp(len(config.codebook_sizes) * dim, 4 * dim, dim, out_bias=True)
         position = torch.arange(config.cells - 1)
         self.register_buffer("cells", position // 2 if config.rotary == "repeated" else position, persistent=False)
@@ -210,12 +211,12 @@ class Hierarchical(Independent):
     """IAR2: fused tokens, one trunk step a cell, semantic then detail by the local-context head (equations 12, 13)."""
 
     def __init__(self, config: GPTConfig) -> None:
-        super().__init__(config)
+        super().__init__(config, at_head_width(config).dim)
         self.head = LocalContextHead(config)
 
     def logits(self, hidden: Tensor, codes: Tensor, run_block: RunBlock) -> list[Tensor]:
         """Trunk states [B, N, D] and codes [B, C, N] -> C teacher-forced logits [B, N, K_c]."""
-        states = self.norm(self.head(hidden, self.embed_streams(codes[:, :-1]), run_block))  # [B, N, C, D]
+        states = self.norm(self.head(hidden, self.embed_streams(codes[:, :-1]), run_block))  # [B, N, C, W]
         return [output(states[:, :, stream]) for stream, output in enumerate(self.outputs)]
 
     def new_state(self, batch: int) -> DecodeState:
@@ -264,13 +265,16 @@ class Row(NamedTuple):
     build: Callable[[GPTConfig], Paradigm]
     codebooks: int
     attend: Attend = causal_attention  # the trunk's attention kernel
+    own: tuple[str, ...] = ()          # fields of GPTConfig that this paradigm reads and others do not
 
 
+WINDOW = ("context", "window_size")
+HEAD = ("head_layers", "head_width", "head_rotary")
 PARADIGMS: dict[str, Row] = {
     "single": Row(Alternating, 1),
     "alternating": Row(Alternating, 2),
     "grouped": Row(Grouped, 2),
     "independent": Row(Independent, 2),
-    "hierarchical": Row(Hierarchical, 2),
+    "hierarchical": Row(Hierarchical, 2, own=(*WINDOW, *HEAD)),
     "fine": Row(FineLabels, 2, full_attention),
 }

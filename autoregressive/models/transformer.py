@@ -42,6 +42,7 @@ class GPTConfig:
     ffn_multiple_of: int = 256
     norm_eps: float = 1e-5
     qk_norm: bool = False
+    head_width: int = 0
 
     @property
     def cells(self) -> int:
