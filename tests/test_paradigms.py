@@ -22,6 +22,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "alternating": dict(paradigm="alternating"),
     "grouped": dict(paradigm="grouped"),
     "independent": dict(paradigm="independent"),
+    "conditional": dict(paradigm="conditional"),
+    "conditional, no context": dict(paradigm="conditional", context="none"),
     "no context": dict(context="none"),
     "concatenated": dict(context="concatenated"),
     "compressed": dict(),

@@ -53,7 +53,8 @@ class GPTOptions:
     paradigm: Annotated[str, choices(("auto", *PARADIGMS))] = "auto"
     """Prediction paradigm (table 5); auto: single for one codebook, hierarchical for two, fine for a map of fine labels."""
     context: Literal["compressed", "concatenated", "none"] = "compressed"
-    """Local context of the hierarchical head (table 6): neighbours compressed, concatenated whole, or none."""
+    """Local context of the hierarchical head (table 6), and of the conditional MLPs: neighbours compressed, concatenated whole,
+    or none."""
     head_layers: Count = 0
     """Layers of the hierarchical head; 0: the size's own."""
     head_width: Count = 0
