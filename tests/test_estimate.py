@@ -125,5 +125,5 @@ def test_hsdp_is_the_default_on_several_nodes(monkeypatch):
 
 def test_the_tiny_gpt_is_measured_too():
     """Every paradigm passes through fake tensors."""
-    for paradigm in ("hierarchical", "independent", "alternating", "grouped"):
+    for paradigm in ("hierarchical", "independent", "conditional", "alternating", "grouped"):
         assert measure(GPTConfig(**{**vars(TINY_GPT), "paradigm": paradigm}), bf16=False).flops > 0

@@ -22,12 +22,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "alternating": dict(paradigm="alternating"),
     "grouped": dict(paradigm="grouped"),
     "independent": dict(paradigm="independent"),
+    "conditional": dict(paradigm="conditional"),
+    "conditional, no context": dict(paradigm="conditional", context="none"),
     "no context": dict(context="none"),
     "concatenated": dict(context="concatenated"),
     "compressed": dict(),
     "window 3": dict(window_size=3),
     "window 7": dict(window_size=7),
     "one head layer": dict(head_layers=1, grid_size=5),
+    "narrow head": dict(head_width=24),
+    "normalised queries and keys": dict(qk_norm=True),
     "published rotary": dict(rotary="repeated", head_rotary="zero_summary"),
 }
 FINE = replace(TINY_GPT, paradigm="fine", codebook_sizes=(4, 16))

@@ -485,7 +485,7 @@ def test_a_compiled_tokenizer_trains_as_an_eager_one(stage_one, tmp_path, monkey
     assert len(losses(tmp_path / "on", "total")) == 4
 
 
-@pytest.mark.parametrize("paradigm", ["hierarchical", "independent", "alternating", "grouped"])
+@pytest.mark.parametrize("paradigm", ["hierarchical", "independent", "conditional", "alternating", "grouped"])
 def test_layers_are_compiled_whole(codes, tmp_path, monkeypatch, paradigm):
     """No graph break, which fullgraph would raise, in training or in the evaluation between its steps."""
     original = torch.nn.Module.compile

@@ -23,7 +23,7 @@ from autoregressive.models.gpt import GPT
 from autoregressive.models.guidance import CFG_RANGES, GUIDANCE, Scale, guide
 from autoregressive.models.packing import PackedLinears
 from autoregressive.models.paradigms import DecodeState
-from utils.config import Count, NonNegative, Seed, choices, interval
+from utils.config import AboveZero, Count, NonNegative, Seed, choices, interval
 
 V = TypeVar("V")
 
@@ -38,7 +38,9 @@ class SamplingOptions:
     """Guidance scale: one value, START END, or START END of the semantic then of the detail stream; 1: no guidance.
     Empty: what the checkpoint carries, by table 12 or LlamaGen's scales."""
     cfg_attention_weight: NonNegative = 0.05
-    """w of the attention schedule (paper 0.05, released sampler 0.1)."""
+    """w of the attention schedules (paper 0.05, released sampler 0.1)."""
+    cfg_power: AboveZero = 2.75
+    """p of the power_cosine schedule (RAR: B 2.75, L 2.5, XL 1.5, XXL 1.2, with scales from 1 to 16, 15.5, 6.9 and 8)."""
     cfg_interval: Annotated[int, interval(int, -1)] = -1
     """Guide trunk steps 0 to this plus one only, as LlamaGen counts; -1 guides all."""
     temperature: tuple[NonNegative, ...] = (1.0,)
@@ -69,7 +71,8 @@ def per_stream(values: tuple[V, ...], streams: int, name: str) -> tuple[V, ...]:
 
 
 def cfg_ranges(options: SamplingOptions, gpt: GPT) -> list[tuple[float, float]]:
-    """The guidance (start, end) of every stream; raises ValueError for a range that is upside down or incomplete."""
+    """The guidance (start, end) of every stream; raises ValueError for a range that is upside down or incomplete, and a
+    power that the schedule does not read."""
     streams, values, grid = len(gpt.config.codebook_sizes), options.cfg_scale, gpt.config.grid_size
     if not values:
         size = gpt.provenance.gpt_model
@@ -88,6 +91,8 @@ def cfg_ranges(options: SamplingOptions, gpt: GPT) -> list[tuple[float, float]]:
         if options.guidance == "constant" and start != end:
             raise ValueError(f"cfg_scale {start} {end} is a range but constant guidance takes one value: give one value or use "
                              "progressive guidance.")
+    if options.cfg_power != SamplingOptions.cfg_power and not GUIDANCE[options.guidance].reads_power:
+        raise ValueError(f"cfg_power {options.cfg_power} is of power_cosine guidance, not of {options.guidance}: leave it out.")
     return ranges
 
 
@@ -142,12 +147,13 @@ class Sampler:
         self.options, self.uniforms, self.guidance = options, uniforms, GUIDANCE[options.guidance]
         # On the device, so that a step is one function for all steps and scales; in double precision, as numbers are.
         steps = gpt.paradigm.num_steps
-        progress = [self.guidance.progress(step, steps) for step in range(steps)]
+        progress = [self.guidance.progress(step, steps, options.cfg_power) for step in range(steps)]
         self.start, self.end, self.weight, self.progress = (                       # [C], [C], [], [M]
             torch.tensor(numbers, dtype=torch.float64).to(uniforms.device)
             for numbers in (*zip(*self.ranges), options.cfg_attention_weight, progress))
         self.guided = not self.guidance.one_is_off or any(pair != (1.0, 1.0) for pair in self.ranges)
         self.needs_attention = self.guided and self.guidance.reads_attention
+        self.history = torch.zeros(len(uniforms), steps, device=uniforms.device)   # attention so far, where a schedule looks back
 
     def pick(self, logits: Tensor, stream: int, cell: Tensor, step: Tensor, attention: Tensor | None) -> Tensor:
         """Choose the codes of a cell [1] at a trunk step [1].
@@ -174,6 +180,11 @@ class Sampler:
     def scale(self, stream: int, step: Tensor, attention: Scale) -> Scale:
         """The guidance scale of a trunk step [1], a number [] or of the shape of `attention`, that of the conditional rows."""
         progress = self.progress.index_select(0, step)[0]
+        if self.guidance.recall is not None and isinstance(attention, Tensor):
+            self.history.index_copy_(1, step, attention.reshape(-1, 1))            # every stream writes the same
+            # The low half of a number's 24 bits hardly bears on the code that it draws.
+            uniform = (self.uniforms.flatten(1).index_select(1, step) * 4096).frac()   # [B, 1]
+            attention = self.guidance.recall(self.history, step, uniform).view_as(attention)
         return self.guidance.scale(self.start[stream], self.end[stream], progress, attention, self.weight)
 
 

@@ -8,11 +8,25 @@ Guided logits are l_u + s (l_c - l_u).  `GUIDANCE` has a row for each schedule o
     equation18    s = (start + (end - start) i/M) a_i              the paper as printed (equations 16 to 18)
 
 a_i is the last trunk layer's attention to the class token, averaged over heads, on the conditional branch.
+
+Not of the paper:
+
+    power_cosine          s = start + (end - start) (1 - cos(pi (i/M)^p)) / 2         MDT's, which RAR samples with from start 1
+    reversed              s = end - (end - start) i/(M-1)
+    equation18_rescaled   equation 18 with a_i over its mean over the sample's steps so far
+    attention_shuffled    the released formula with a_j of a random step j of the sample's own past
+
+The last two leave out step 0, which has nothing but the class token to attend to: a_0 is 1 whatever the model.  The rescaled
+a_i is 1 on average where attention has no trend, so that the paper's ranges mean the same scales; where a_i falls along the grid
+it is below 1.  The shuffled one says whether it matters where attention is high: a sample depends on itself alone, not on its
+batch.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 Scale = Tensor | float
@@ -43,6 +57,40 @@ def equation18(start: Scale, end: Scale, progress: Scale, attention: Scale, weig
     return (start + (end - start) * progress) * attention
 
 
+def linear(progress: float, power: float) -> float:
+    """Progress as it is."""
+    return progress
+
+
+def falling(progress: float, power: float) -> float:
+    """From 1 to 0 instead of 0 to 1."""
+    return 1 - progress
+
+
+def power_cosine(progress: float, power: float) -> float:
+    """Half a cosine wave over progress^power: flat at both ends, and late for a power above 1."""
+    return (1 - math.cos(math.pi * progress**power)) / 2
+
+
+def past_steps(history: Tensor, step: Tensor) -> Tensor:
+    """Which steps of a history [B, M] are behind, `step` [1] among them, and say something: bool [M], 1 to step, or 0 alone."""
+    steps = torch.arange(history.shape[1], device=history.device)
+    return (steps >= step.clamp_max(1)) & (steps <= step)
+
+
+def relative_attention(history: Tensor, step: Tensor, uniform: Tensor) -> Tensor:
+    """a_i over its mean so far: history [B, M] up to `step` [1] -> [B, 1]."""
+    past = past_steps(history, step)
+    mean = torch.where(past, history, 0).sum(1, keepdim=True) / past.sum()         # [B, 1]; later entries are an old batch's
+    return history.index_select(1, step) / mean.clamp_min(1e-12)                   # 0 / 0 would spoil every logit
+
+
+def shuffled_attention(history: Tensor, step: Tensor, uniform: Tensor) -> Tensor:
+    """a_j of a random step j from 1 to `step` [1]: history [B, M], uniform [B, 1] in [0, 1) -> [B, 1]."""
+    first = step.clamp_max(1)
+    return history.gather(1, first + (uniform * (step + 1 - first)).long())
+
+
 class Guidance(NamedTuple):
     """A schedule of the guidance scale."""
 
@@ -55,9 +103,17 @@ class Guidance(NamedTuple):
     one_is_off: bool = True
     """Whether start = end = 1 is the conditional model, so that the unconditional rows need not be computed."""
 
-    def progress(self, step: int, steps: int) -> float:
-        """How far `step` is, counted from 0, of `steps`."""
-        return step / max(steps - 1, 1) if self.reaches_end else step / steps
+    shape: Callable[[float, float], float] = linear
+    """(progress, power p) -> the progress that `scale` is given, from 0 to 1."""
+    reads_power: bool = False
+    """Whether p is needed."""
+    recall: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    """(attention of all steps [B, M], known up to the step [1]; a uniform number of the step [B, 1]) -> the a [B, 1] that `scale`
+    is given; None: the step's own."""
+
+    def progress(self, step: int, steps: int, power: float) -> float:
+        """How far `step` is, counted from 0, of `steps`, in the schedule's shape."""
+        return self.shape(step / max(steps - 1, 1) if self.reaches_end else step / steps, power)
 
 
 GUIDANCE: dict[str, Guidance] = {
@@ -65,6 +121,12 @@ GUIDANCE: dict[str, Guidance] = {
     "progressive": Guidance(progressive),
     "attention": Guidance(progressive_attention, reads_attention=True),
     "equation18": Guidance(equation18, reads_attention=True, reaches_end=False, one_is_off=False),
+    # Not of the paper.
+    "power_cosine": Guidance(progressive, reaches_end=False, shape=power_cosine, reads_power=True),
+    "reversed": Guidance(progressive, shape=falling),
+    "equation18_rescaled": Guidance(equation18, reads_attention=True, reaches_end=False, one_is_off=False,
+                                    recall=relative_attention),
+    "attention_shuffled": Guidance(progressive_attention, reads_attention=True, recall=shuffled_attention),
 }
 
 # Guidance (start, end) by number of codebooks, size and side of the grid.

@@ -5,6 +5,7 @@
     grouped        k_1 ... k_N j_1 ... j_N, one code a trunk step
     independent    fused tokens, one trunk step a cell, both codes from its state by parallel heads
     hierarchical   fused tokens, one trunk step a cell, the detail given the semantic code (IAR2)
+    conditional    the same by an MLP a stream instead of the head's layers (not of the paper)
     fine           all coarse labels at once, all fine labels in one step (CTF's second stage, `ctf.py`)
 
 A paradigm differs from another in four things: which cell each trunk input belongs to (`cells`) and which codes each step
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoregressive.models.attention import Attend, causal_attention, full_attention
-from autoregressive.models.local_head import HeadState, LocalContextHead, mlp
+from autoregressive.models.local_head import HeadState, LocalContext, LocalContextHead, at_head_width, mlp
 from autoregressive.models.transformer import GPTConfig, RunBlock
 
 # (logits [B, K_c], stream, cell [1]) -> codes [B].
@@ -39,6 +40,7 @@ class DecodeState:
     codes: Tensor
     tables: list[Tensor] = field(default_factory=list)  # fused tokens: output of the first fusion layer by code [K_c, 4D]
     head: HeadState | None = None
+    contributions: Tensor | None = None  # of decoded cells to their neighbours' summaries [B, N + 1, c], outside of a head
 
     def keep(self, codes: Tensor, stream: int, cell: Tensor) -> None:
         """Write the codes [B] chosen for a stream of the cell [1]."""
@@ -52,12 +54,12 @@ class Paradigm(nn.Module):
     cell_of: Tensor  # [T] grid cell that each trunk step predicts
     streams_of: list[tuple[int, ...]]  # the streams of that cell that each trunk step predicts
 
-    def __init__(self, config: GPTConfig, outputs: list[nn.Module]) -> None:
-        """outputs: one head a predicted stream, D -> K_c."""
+    def __init__(self, config: GPTConfig, outputs: list[nn.Module], width: int = 0) -> None:
+        """outputs: one head a predicted stream, W -> K_c; width: W of the states that are normalised, 0: D."""
         super().__init__()
         self.config = config
         self.embeddings = nn.ModuleList(nn.Embedding(size, config.dim) for size in config.codebook_sizes)
-        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.norm = nn.RMSNorm(width or config.dim, config.norm_eps)
         self.outputs = nn.ModuleList(outputs)
 
     @property
@@ -157,9 +159,11 @@ class Grouped(Alternating):
 class Independent(Paradigm):
     """Fused tokens (equation 12), one trunk step a cell, the streams of a cell independent of each other."""
 
-    def __init__(self, config: GPTConfig) -> None:
-        dim = config.dim
-        super().__init__(config, [mlp(dim, 2 * dim, size) for size in config.codebook_sizes])
+    def __init__(self, config: GPTConfig, width: int = 0, inputs: tuple[int, ...] = (1, 1)) -> None:
+        """width: W of the states that logits come from, 0: D; inputs: vectors of that width that each stream's MLP reads."""
+        dim, width = config.dim, width or config.dim
+        super().__init__(config, [mlp(count * width, 2 * width, size) for count, size in zip(inputs, config.codebook_sizes)],
+                         width)
         self.fusion = mlp(len(config.codebook_sizes) * dim, 4 * dim, dim, out_bias=True)
         position = torch.arange(config.cells - 1)
         self.register_buffer("cells", position // 2 if config.rotary == "repeated" else position, persistent=False)
@@ -211,12 +215,12 @@ class Hierarchical(Independent):
     """IAR2: fused tokens, one trunk step a cell, semantic then detail by the local-context head (equations 12, 13)."""
 
     def __init__(self, config: GPTConfig) -> None:
-        super().__init__(config)
+        super().__init__(config, at_head_width(config).dim)
         self.head = LocalContextHead(config)
 
     def logits(self, hidden: Tensor, codes: Tensor, run_block: RunBlock, places: Tensor | None = None) -> list[Tensor]:
         """Trunk states [B, N, D] and codes [B, C, N] -> C teacher-forced logits [B, N, K_c]."""
-        states = self.norm(self.head(hidden, self.embed_streams(codes[:, :-1]), run_block, places))  # [B, N, C, D]
+        states = self.norm(self.head(hidden, self.embed_streams(codes[:, :-1]), run_block, places))  # [B, N, C, W]
         return [output(states[:, :, stream]) for stream, output in enumerate(self.outputs)]
 
     def new_state(self, batch: int) -> DecodeState:
@@ -234,6 +238,40 @@ class Hierarchical(Independent):
             state.keep(chosen[-1], stream, cell)
             if stream + 1 < len(streams):
                 x = self.head.continue_cell(self.embeddings[stream](chosen[-1]), stream + 1, state.head)
+        return self.fuse_chosen(chosen, state)
+
+
+class Conditional(Independent):
+    """Fused tokens, one trunk step a cell; a stream's MLP reads the trunk state, the window's summary where there is one, and
+    the embeddings of the streams already chosen: the detail given the semantic code without head layers (not of the paper)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        self.leading = 1 if config.context == "none" else 2  # vectors that every stream reads
+        super().__init__(config, inputs=tuple(self.leading + stream for stream in range(len(config.codebook_sizes))))
+        self.context = None if config.context == "none" else LocalContext(config, config.dim)
+
+    def logits(self, hidden: Tensor, codes: Tensor, run_block: RunBlock, places: Tensor | None = None) -> list[Tensor]:
+        """Trunk states [B, N, D] and codes [B, C, N] -> C teacher-forced logits [B, N, K_c]."""
+        hidden = self.norm(hidden)
+        read = [hidden] if self.context is None else [hidden, self.context(hidden, places)]
+        read += self.embed_streams(codes[:, :-1])
+        return [output(torch.cat(read[: self.leading + stream], dim=-1)) for stream, output in enumerate(self.outputs)]
+
+    def new_state(self, batch: int) -> DecodeState:
+        """Buffers for decoding `batch` grids, the window's among them."""
+        state = super().new_state(batch)
+        state.contributions = None if self.context is None else self.context.new_state(batch)
+        return state
+
+    def decode(self, hidden: Tensor, cell: Tensor, streams: tuple[int, ...], state: DecodeState, pick: Pick) -> Tensor:
+        """One cell from [B, D], its streams in order; returns its fused token [B, D]."""
+        read, chosen = [self.norm(hidden)], []
+        if self.context is not None and state.contributions is not None:
+            read.append(self.context.step(read[0], cell, state.contributions))
+        for stream in streams:
+            chosen.append(pick(self.outputs[stream](torch.cat(read, dim=-1)), stream, cell))
+            state.keep(chosen[-1], stream, cell)
+            read.append(self.embeddings[stream](chosen[-1]))
         return self.fuse_chosen(chosen, state)
 
 
@@ -265,13 +303,17 @@ class Row(NamedTuple):
     build: Callable[[GPTConfig], Paradigm]
     codebooks: int
     attend: Attend = causal_attention  # the trunk's attention kernel
+    own: tuple[str, ...] = ()          # fields of GPTConfig that this paradigm reads and others do not
 
 
+WINDOW = ("context", "window_size")
+HEAD = ("head_layers", "head_width", "head_rotary")
 PARADIGMS: dict[str, Row] = {
     "single": Row(Alternating, 1),
     "alternating": Row(Alternating, 2),
     "grouped": Row(Grouped, 2),
     "independent": Row(Independent, 2),
-    "hierarchical": Row(Hierarchical, 2),
+    "hierarchical": Row(Hierarchical, 2, own=(*WINDOW, *HEAD)),
+    "conditional": Row(Conditional, 2, own=WINDOW),
     "fine": Row(FineLabels, 2, full_attention),
 }

@@ -42,6 +42,8 @@ class GPTConfig:
     rotary_base: float = 10_000.0
     ffn_multiple_of: int = 256
     norm_eps: float = 1e-5
+    qk_norm: bool = False
+    head_width: int = 0
 
     @property
     def cells(self) -> int:
@@ -79,8 +81,20 @@ class FeedForward(nn.Module):
         return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm over a head's dimension, in the precision of what it is given: queries and keys must keep the values' type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D/H] -> [..., D/H]."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps).type_as(x)
+
+
 class Attention(nn.Module):
-    """Multi-head projections; the attention kernel itself is handed in."""
+    """Multi-head projections; the attention kernel itself is handed in.
+
+    With `qk_norm`, queries and keys are normalised before they are rotated, each with weights of its own, as in ViT-22B
+    (arXiv 2302.05442, there by LayerNorm): scores stay bounded however large the projections grow.  Not of the paper.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -88,11 +102,14 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.dropout = nn.Dropout(config.resid_dropout)
+        head_dim = config.dim // config.n_head
+        self.qk_norms = nn.ModuleList(HeadNorm(head_dim, config.norm_eps) for _ in range(2)) if config.qk_norm else None
 
     def project(self, x: Tensor, rotary: Tensor | None, skip: int) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, D] -> keys and values [B, H, T, D/H] and the queries of all but the first `skip` positions."""
         qkv = self.wqkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # [3, B, H, T, D/H]
-        q, k = qkv[:2] if rotary is None else rotate(qkv[:2], rotary)
+        qk = qkv[:2] if self.qk_norms is None else torch.stack([norm(x) for norm, x in zip(self.qk_norms, qkv)])
+        q, k = qk if rotary is None else rotate(qk, rotary)
         return q[:, :, skip:], k, qkv[2]
 
     def combine(self, heads: Tensor) -> Tensor:

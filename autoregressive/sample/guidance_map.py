@@ -112,7 +112,7 @@ def main() -> None:
     names = check_classes(config.classes, config.class_names, pipeline)
     if pipeline.fine is not None or pipeline.gpt.paradigm.num_steps != pipeline.gpt.config.cells:
         raise UserError(f"--gpt-ckpt {config.models.gpt_ckpt} takes more than one trunk step for a cell: give a GPT of the "
-                        "single, independent or hierarchical paradigm, without --fine-ckpt.")
+                        "single, independent, conditional or hierarchical paradigm, without --fine-ckpt.")
     found = measure(pipeline, np.array(config.classes))
     save_picture(draw(found, names), config.out, dpi=110)
     write_json(config.out.with_suffix(".json"), {"classes": list(config.classes), "attention": found.attention.tolist(),

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from autoregressive.models.gpt import GPT_models
 from autoregressive.models.guidance import ATTENTION_WEIGHT
 from autoregressive.models.losses import ObjectiveOptions
-from autoregressive.models.paradigms import PARADIGMS
+from autoregressive.models.paradigms import HEAD, PARADIGMS, WINDOW
 from autoregressive.models.transformer import GPTConfig
 from autoregressive.train.optimizers import OPTIMIZERS
 from utils.batches import BatchOptions
@@ -56,11 +56,16 @@ class GPTOptions:
     paradigm: Annotated[str, choices(("auto", *PARADIGMS))] = "auto"
     """Prediction paradigm (table 5); auto: single for one codebook, hierarchical for two, fine for a map of fine labels."""
     context: Literal["compressed", "concatenated", "none"] = "compressed"
-    """Local context of the hierarchical head (table 6): neighbours compressed, concatenated whole, or none."""
+    """Local context of the hierarchical head (table 6), and of the conditional MLPs: neighbours compressed, concatenated whole,
+    or none."""
     head_layers: Count = 0
     """Layers of the hierarchical head; 0: the size's own."""
+    head_width: Count = 0
+    """Width of the hierarchical head, a multiple of the dimension of the trunk's heads; 0: the trunk's width."""
     window_size: Annotated[int, Values(int, "ODD INT>=3", "an odd integer of 3 or more", lambda k: k >= 3 and k % 2 == 1)] = 5
-    """Side K of the head's local window (equation 15)."""
+    """Side K of the local window (equation 15)."""
+    qk_norm: bool = False
+    """Normalise queries and keys of every layer before they are rotated."""
     rotary: Literal["grid", "repeated"] = "grid"
     """Rotary rows: one per cell, or the released table, which repeats rows."""
     head_rotary: Literal["none", "zero_summary"] = "none"
@@ -232,10 +237,11 @@ def choose_paradigm(options: GPTOptions, codebook_sizes: tuple[int, ...], code_m
         raise UserError(f"--paradigm {paradigm} does not go with --code-map {'of fine labels' if fine else 'of other codes'}: "
                         "the fine paradigm needs rearrange.py's fine_map, and that map the fine paradigm.")
     default = GPTOptions()
-    for name in ("window_size", "head_layers", "head_rotary"):
-        if paradigm != "hierarchical" and getattr(options, name) != getattr(default, name):
-            raise UserError(f"{flag(name)} {getattr(options, name)} is of the hierarchical head, which --paradigm {paradigm} "
-                            "has not: leave it out.")
+    for name in (*WINDOW, *HEAD):
+        value = getattr(options, name)
+        if name not in PARADIGMS[paradigm].own and value not in (getattr(default, name), "none"):  # none: what it has anyway
+            raise UserError(f"{flag(name)} {value} is of the {'local window' if name in WINDOW else 'hierarchical head'}, which "
+                            f"--paradigm {paradigm} has not: leave it out.")
     return paradigm
 
 
@@ -262,11 +268,13 @@ def gpt_config(options: GPTOptions, codebook_sizes: tuple[int, ...], code_map: C
     paradigm = choose_paradigm(options, codebook_sizes, code_map)
     check_order(options, paradigm)
     shape = GPT_models[options.gpt_model] | ({"head_layers": options.head_layers} if options.head_layers else {})
+    require_multiple("--head-width", options.head_width, shape["dim"] // shape["n_head"], "the dimension of the trunk's heads")
     return GPTConfig(
         **shape, num_classes=options.num_classes, codebook_sizes=codebook_sizes, paradigm=paradigm,
         context=options.context, grid_size=options.image_size // options.downsample_size, window_size=options.window_size,
         token_dropout=options.dropout, resid_dropout=options.dropout, ffn_dropout=options.dropout,
-        class_dropout=options.class_dropout, rotary=options.rotary, head_rotary=options.head_rotary, order=options.order)
+        class_dropout=options.class_dropout, rotary=options.rotary, head_rotary=options.head_rotary, order=options.order,
+        qk_norm=options.qk_norm, head_width=options.head_width)
 
 
 def check_codes(config: TrainConfig, model: GPTConfig, header: CodeHeader) -> None:
