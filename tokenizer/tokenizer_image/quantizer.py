@@ -4,9 +4,11 @@ All quantizers share one interface and are looked up in `QUANTIZERS` by the toke
 codes into latents.  Distances are computed in float32 whatever the autocast state, so that codes do not depend on it.
 
 Deviation from the paper: latents and the semantic codebook are L2-normalised at use and the detail codebook is not, as
-in the release.
+in the release.  Not of the paper: SimVQ, and the two codebooks of equations 5 and 6 in one stage.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,19 +29,28 @@ class Quantized:
     commitment_loss: Tensor   # β ||e - sg[ê]||², moves the encoder
 
 
-def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the nearest codebook row for each vector: [M, d], [K, d] -> [M] int64; never in TF32."""
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Within the block products of float32 are not rounded to TF32: its ten bits of mantissa would decide near ties."""
     allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False  # its ten bits of mantissa would decide near ties otherwise
+    torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        # |v|² is the same for all codes and does not change the order.
-        return torch.addmm(codebook.square().sum(1), vectors, codebook.T, alpha=-2).argmin(1)
+        yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
+def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the nearest codebook row for each vector: [M, d], [K, d] -> [M] int64; never in TF32."""
+    with full_precision():
+        # |v|² is the same for all codes and does not change the order.
+        return torch.addmm(codebook.square().sum(1), vectors, codebook.T, alpha=-2).argmin(1)
+
+
 class VectorQuantizer(nn.Module):
     """LlamaGen's single codebook; IAR2's associated dual one: semantic, then the detail of the residual (equations 5 and 6)."""
+
+    free_codes = True  # each code is a parameter of its own: k-means and revival can place it
 
     def __init__(self, codebook_sizes: tuple[int, ...], code_dim: int, beta: float) -> None:
         super().__init__()
@@ -50,6 +61,10 @@ class VectorQuantizer(nn.Module):
     def table(self, stream: int) -> Tensor:
         """The codebook of a stream as it is used [K, d]."""
         return F.normalize(self.codebooks[stream].float(), dim=-1) if stream == 0 else self.codebooks[stream].float()
+
+    def trained(self, stream: int) -> nn.Parameter:
+        """The parameter that training moves the codebook of a stream by: here all of its codes [K, d]."""
+        return self.codebooks[stream]
 
     def streams(self, streams: Streams) -> int:
         """Number of streams to quantize with."""
@@ -133,9 +148,41 @@ class ProductQuantizer(VectorQuantizer):
         return F.pad(joined, (0, 0, 0, 0, 0, self.code_dim - joined.shape[1]))
 
 
+class SimVQ(VectorQuantizer):
+    """SimVQ (arXiv 2411.02038): codes C W of a frozen Gaussian book C [K, d] and a learned matrix W [d, d], for each stream.
+
+    All codes move with every step, however few are chosen.  Deviations: the codes of the first stream are L2-normalised like
+    the latents, as everywhere here; W has no bias and starts as the identity, so that the first codes are those of a fresh
+    codebook.
+    """
+
+    free_codes = False
+
+    def __init__(self, codebook_sizes: tuple[int, ...], code_dim: int, beta: float) -> None:
+        super().__init__(codebook_sizes, code_dim, beta)
+        books = (torch.randn(size, code_dim) / code_dim**0.5 for size in codebook_sizes)    # of about unit length
+        self.codebooks = nn.ParameterList(nn.Parameter(book, requires_grad=False) for book in books)
+        self.matrices = nn.ParameterList(torch.eye(code_dim) for _ in codebook_sizes)
+
+    def table(self, stream: int) -> Tensor:
+        """The codebook of a stream as it is used, C W [K, d]."""
+        book, matrix = self.codebooks[stream].float(), self.matrices[stream].float()
+        with full_precision(), torch.autocast(book.device.type, enabled=False):  # the same codes wherever they are looked up
+            codes = book @ matrix
+        return F.normalize(codes, dim=-1) if stream == 0 else codes
+
+    def trained(self, stream: int) -> nn.Parameter:
+        """The parameter that training moves the codebook of a stream by: W [d, d]."""
+        return self.matrices[stream]
+
+
 QUANTIZERS: dict[str, tuple[type[VectorQuantizer], int, tuple[str, ...]]] = {
     # name: (class, number of codebooks, stages of training)
     "single": (VectorQuantizer, 1, ("single",)),
     "dual": (VectorQuantizer, 2, ("semantic", "dual")),
     "product": (ProductQuantizer, 2, ("single",)),
+    # not of the paper: the dual codebooks trained together from the start, and SimVQ with one or two
+    "residual": (VectorQuantizer, 2, ("single",)),
+    "simvq": (SimVQ, 1, ("single",)),
+    "dual-simvq": (SimVQ, 2, ("semantic", "dual")),
 }

@@ -9,7 +9,7 @@ from tokenizer.tokenizer_image.quantizer import QUANTIZERS
 from tokenizer.tokenizer_image.vq_loss import ADVERSARIAL, RECIPES
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils.batches import BatchOptions
-from utils.config import Count, NonNegative, Positive, choices
+from utils.config import Count, NonNegative, Positive, UserError, choices
 from utils.devices import Compile
 from utils.image_dataset import ImageOptions
 from utils.optim import OptimOptions, typed_schedule
@@ -45,7 +45,8 @@ class TokenizerOptions:
     vq_model: Annotated[str, choices(VQ_models)] = "VQ-16"
     """Preset of the autoencoder."""
     quantizer: Annotated[str, choices(("auto", *QUANTIZERS))] = "auto"
-    """auto: single for --stage single, dual for the others; product: the unassociated dual codebook of table 7."""
+    """auto: single for --stage single, dual for the others; product: the unassociated dual codebook of table 7.  Not of the
+    paper: residual: the dual codebooks in one stage; simvq, dual-simvq: one matrix moves all codes of a frozen codebook."""
     codebook_sizes: tuple[Positive, ...] = ()
     """Codes of each codebook; empty: 256 4096, or 16384 for a single one."""
     code_dim: Positive = 8
@@ -129,3 +130,20 @@ def recipe(config: VQTrainConfig) -> dict[str, Any]:
     return {"pixel_weight": weights.pixel, "perceptual_weight": weights.perceptual, "disc_weight": weights.adversarial,
             "epochs": EPOCHS.get((config.loss.recipe, config.stage), 40),
             "run_dir": Path("runs/vq") / config.stage} | typed_schedule(config.optim)
+
+
+def quantizer_name(config: VQTrainConfig) -> str:
+    """The row of `QUANTIZERS` to train; raises UserError where stage or options do not go with it."""
+    name, codebook = config.tokenizer.quantizer, config.codebook
+    if name == "auto":
+        name = "single" if config.stage == "single" else "dual"
+    quantizer, _, stages = QUANTIZERS[name]
+    if config.stage not in stages:
+        raise UserError(f"--quantizer {name} does not go with --stage {config.stage}: it has --stage {' and '.join(stages)}.")
+    if not quantizer.free_codes and codebook.codebook_init == "kmeans":
+        raise UserError(f"--codebook-init kmeans places every code by itself but --quantizer {name} moves all of them by one "
+                        "matrix: take uniform or whitened.")
+    if not quantizer.free_codes and codebook.revive_every:
+        raise UserError(f"--revive-every {codebook.revive_every} moves single codes but --quantizer {name} moves all of them by "
+                        "one matrix: leave it out.")
+    return name
