@@ -1,5 +1,6 @@
-"""Quantizers beyond the paper: SimVQ, plain residual codebooks."""
+"""Quantizers and gradients beyond the paper: rotation trick, SimVQ, plain residual codebooks."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,21 +16,121 @@ from tests.test_train import vq_options
 from tokenizer.tokenizer_image import vq_loss, vq_train
 from tokenizer.tokenizer_image.codebook import warn_of_collapse
 from tokenizer.tokenizer_image.discriminator import PatchGAN
-from tokenizer.tokenizer_image.quantizer import QUANTIZERS, VectorQuantizer
+from tokenizer.tokenizer_image.quantizer import GRADIENTS, QUANTIZERS, Quantized, VectorQuantizer, rotation, straight_through
 from tokenizer.tokenizer_image.vq_model import VQModel, load_tokenizer
 from utils.distributed import Processes
 
 
-def quantizer(name: str) -> VectorQuantizer:
+def quantizer(name: str, gradient: str = "straight-through") -> VectorQuantizer:
     """A small quantizer of the table, of eight-dimensional codes."""
     torch.manual_seed(0)
     kind, books, _ = QUANTIZERS[name]
-    return kind((16,) if books == 1 else (8, 16), 8, 0.25)
+    made = kind((16,) if books == 1 else (8, 16), 8, 0.25)
+    made.gradient = GRADIENTS[gradient]
+    return made
+
+
+def turned_by_formula(e: np.ndarray, q: np.ndarray, g: np.ndarray) -> np.ndarray:
+    """The gradient (|q| / |e| R)ᵀ g of each vector [M, d], with R written out as a matrix."""
+    rows = []
+    for e_i, q_i, g_i in zip(e, q, g):
+        e_unit, q_unit = e_i / np.linalg.norm(e_i), q_i / np.linalg.norm(q_i)
+        r = (e_unit + q_unit) / np.linalg.norm(e_unit + q_unit)
+        matrix = np.eye(len(e_i)) - 2 * np.outer(r, r) + 2 * np.outer(q_unit, e_unit)
+        np.testing.assert_allclose(matrix @ e_unit, q_unit, atol=1e-6)
+        rows.append(np.linalg.norm(q_i) / np.linalg.norm(e_i) * matrix.T @ g_i)
+    return np.stack(rows)
 
 
 def cells(grid: torch.Tensor) -> np.ndarray:
     """[B, d, h, w] -> [B h w, d]."""
     return grid.detach().movedim(1, -1).flatten(0, 2).double().numpy()
+
+
+def test_the_rotation_tricks_gradient_is_the_papers():
+    """Equation of arXiv 2410.06424; lengths other than one are those of the sum of two codes."""
+    torch.manual_seed(0)
+    e, q, g = (torch.randn(50, 8, dtype=torch.float64) for _ in range(3))
+    e.requires_grad_()
+    value = rotation(e, q)
+    (value * g).sum().backward()
+    assert torch.equal(value, q)
+    np.testing.assert_allclose(e.grad, turned_by_formula(e.detach().numpy(), q.numpy(), g.numpy()), atol=1e-12)
+
+
+def test_rotation_keeps_the_angle_of_the_gradient():
+    """The point of the trick: gradient against latent is as the decoder's gradient against the code, and so is its length."""
+    torch.manual_seed(0)
+    e, q, g = (torch.randn(50, 8, dtype=torch.float64) for _ in range(3))
+    e.requires_grad_()
+    (rotation(e, q) * g).sum().backward()
+    torch.testing.assert_close(F.cosine_similarity(e.grad, e.detach()), F.cosine_similarity(g, q))
+    torch.testing.assert_close(e.grad.norm(dim=1), g.norm(dim=1) * q.norm(dim=1) / e.detach().norm(dim=1))
+
+
+def test_rotation_without_a_plane_is_straight_through():
+    """An opposite or zero vector in a batch must not turn all weights into NaN."""
+    e = torch.tensor([[1.0, 0, 0], [0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1e-30, 0]], requires_grad=True)
+    q = torch.tensor([[-2.0, 0, 0], [1, 0, 0], [0, 0, 0], [1e-5, -1, 0], [1, 0, 0]])
+    g = torch.randn(5, 3)
+    value = rotation(e, q)
+    (value * g).sum().backward()
+    assert torch.equal(value, q) and torch.equal(e.grad, g)
+
+
+@pytest.mark.parametrize("name", ["single", "dual", "simvq"])
+def test_the_quantizer_rotates_the_whole_sum(name):
+    """The decoder sees the sum of semantic and detail code, so the latent is turned to the sum and not to one of them."""
+    made = quantizer(name, "rotation")
+    latents, g = torch.randn(2, 8, 3, 3, requires_grad=True), torch.randn(2, 8, 3, 3)
+    result = made(latents)
+    (result.latents * g).sum().backward()
+    assert torch.equal(result.latents, made.lookup(result.codes))
+    length = np.linalg.norm(cells(latents), axis=1, keepdims=True)
+    e = cells(latents) / length
+    turned = turned_by_formula(e, cells(result.latents), cells(g))
+    expected = (turned - (turned * e).sum(1, keepdims=True) * e) / length          # back through the L2 normalisation
+    np.testing.assert_allclose(cells(latents.grad), expected, atol=1e-5)
+
+
+def test_the_product_quantizer_rotates_each_part():
+    """Unassociated codebooks stay unassociated: the code of one half must not turn the gradient of the other."""
+    made = quantizer("product", "rotation")
+    first, g = torch.randn(2, 4, 3, 3), torch.randn(2, 8, 3, 3)
+    gradients = []
+    for _ in range(2):
+        latents = torch.cat([first, torch.randn(2, 4, 3, 3)], dim=1).requires_grad_()
+        (made(latents).latents * g).sum().backward()
+        gradients.append(latents.grad)
+    assert torch.equal(gradients[0][:, :4], gradients[1][:, :4]) and not torch.equal(gradients[0][:, 4:], gradients[1][:, 4:])
+    half = torch.cat([first, torch.randn(2, 4, 3, 3)], dim=1).requires_grad_()
+    e = F.normalize(half[:, :4], dim=1)
+    result = made(half)
+    turned = torch.autograd.grad(e, half, torch.from_numpy(turned_by_formula(
+        cells(e), cells(result.latents[:, :4]), cells(g[:, :4]))).float().unflatten(0, (2, 3, 3)).movedim(-1, 1))[0]
+    torch.testing.assert_close(gradients[0][:, :4], turned[:, :4], atol=1e-5, rtol=1e-4)
+
+
+def test_only_the_encoders_gradient_depends_on_the_trick():
+    """Codes, losses and the codebook's own gradient are those of the straight-through estimator."""
+    seen = []
+    for name in GRADIENTS:
+        made = quantizer("dual", name)
+        latents = torch.randn(2, 8, 3, 3, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        result: Quantized = made(latents)
+        (result.latents.square().sum() + result.codebook_loss).backward()
+        seen.append((result.codes, result.codebook_loss, result.latents, made.codebooks[0].grad, latents.grad))
+    for before, after in list(zip(*seen))[:-1]:
+        torch.testing.assert_close(before, after, atol=1e-6, rtol=0)
+    assert not torch.allclose(seen[0][-1], seen[1][-1], atol=1e-3)
+
+
+def test_the_option_reaches_the_quantizer_but_no_checkpoint(tmp_path):
+    """It changes the backward pass alone, so that a tokenizer trained with it is a tokenizer like any other."""
+    default, turned = (vq_train.build_model(stage_options("single", "paper", "--codebook-sizes", "8", *words), {})
+                       for words in ((), ("--gradient", "rotation")))
+    assert default.quantizer.gradient is straight_through and turned.quantizer.gradient is rotation
+    assert default.config == turned.config and default.state_dict().keys() == turned.state_dict().keys()
 
 
 @pytest.mark.parametrize("name", ["simvq", "dual-simvq"])
@@ -136,7 +237,7 @@ def test_residual_codebooks_train_in_one_stage(pictures, tmp_path, monkeypatch):
     """k-means start and revival of both codebooks, in the one command; the detail codes start among the residuals."""
     revived, revive = [], vq_train.revive_dead_codes
     monkeypatch.setattr(vq_train, "revive_dead_codes", lambda *args: revived.append(args[1]) or revive(*args))
-    for name, steps, more in (("start", 1, ("--lr", 0)), ("end", 5, ())):
+    for name, steps, more in (("start", 1, ("--lr", 0)), ("end", 5, ("--gradient", "rotation"))):
         call(vq_train.main, *vq_options(pictures, tmp_path / name, "single", steps, "--quantizer", "residual", *more))
     assert revived == [0, 1]
     before, after = round_trip(tmp_path / "start"), round_trip(tmp_path / "end")
@@ -147,13 +248,26 @@ def test_residual_codebooks_train_in_one_stage(pictures, tmp_path, monkeypatch):
 
 def test_simvq_trains_through_both_stages(pictures, tmp_path):
     """The frozen books stay as they were drawn, the matrices move, and the file holds both."""
-    care = ("--codebook-init", "whitened", "--revive-every", 0, "--quantizer", "dual-simvq")
+    care = ("--codebook-init", "whitened", "--revive-every", 0, "--quantizer", "dual-simvq", "--gradient", "rotation")
     call(vq_train.main, *vq_options(pictures, tmp_path / "first", "semantic", 4, *care))
     call(vq_train.main, *vq_options(pictures, tmp_path / "second", "dual", 4, *care, "--init-from", tmp_path / "first"))
     first, second = (round_trip(tmp_path / name).quantizer for name in ("first", "second"))
     assert all(torch.equal(a, b) for a, b in zip(first.codebooks, second.codebooks))
     assert not torch.equal(first.matrices[0], torch.eye(8)) and torch.equal(first.matrices[1], torch.eye(8))
     assert not torch.equal(second.matrices[0], first.matrices[0]) and not torch.equal(second.matrices[1], torch.eye(8))
+
+
+def test_checkpoints_from_before_these_options_go_on(pictures, tmp_path, capsys):
+    """A run that was begun without an option had its default, and must not be lost by an update."""
+    words = vq_options(pictures, tmp_path / "run", "semantic", 3)
+    call(vq_train.main, *words)
+    records = sorted((tmp_path / "run" / "checkpoints").glob("*/config.json"))
+    record = json.loads(records[-1].read_text())
+    assert record["options"]["codebook"].pop("gradient") == "straight-through"
+    records[-1].write_text(json.dumps(record))
+    (tmp_path / "run" / "tokenizer.safetensors").unlink()
+    call(vq_train.main, *words)
+    round_trip(tmp_path / "run")
 
 
 def test_options_that_simvq_cannot_have_are_refused(capsys, images_folder, tmp_path):
@@ -165,6 +279,7 @@ def test_options_that_simvq_cannot_have_are_refused(capsys, images_folder, tmp_p
     for name, stage in (("simvq", "semantic"), ("dual-simvq", "single"), ("residual", "semantic"), ("residual", "dual")):
         words = ("--quantizer", name, "--stage", stage)
         assert f"--quantizer {name}" in refused(capsys, vq_train.main, *vq(images_folder, tmp_path / "run", *words))
+    assert "straight-through, rotation" in refused(capsys, vq_train.main, *vq(images_folder, tmp_path / "run", "--gradient", "x"))
 
 
 def test_the_advice_on_collapse_fits_the_quantizer(caplog):

@@ -2,12 +2,13 @@
 
 All quantizers share one interface and are looked up in `QUANTIZERS` by the tokenizer: `forward` quantizes, `lookup` turns
 codes into latents.  Distances are computed in float32 whatever the autocast state, so that codes do not depend on it.
+`GRADIENTS` holds the ways in which the decoder's gradient passes a quantizer; they share the forward value.
 
 Deviation from the paper: latents and the semantic codebook are L2-normalised at use and the detail codebook is not, as
-in the release.  Not of the paper: SimVQ, and the two codebooks of equations 5 and 6 in one stage.
+in the release.  Not of the paper: the rotation trick, SimVQ, and the two codebooks of equations 5 and 6 in one stage.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -21,7 +22,7 @@ Streams = Literal["semantic", "all"]
 
 @dataclass
 class Quantized:
-    """Result of a training forward: straight-through latents [B, d, h, w], codes [B, C, h, w] and both loss terms."""
+    """Result of a training forward: quantized latents [B, d, h, w], codes [B, C, h, w] and both loss terms."""
 
     latents: Tensor
     codes: Tensor
@@ -47,6 +48,35 @@ def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
         return torch.addmm(codebook.square().sum(1), vectors, codebook.T, alpha=-2).argmin(1)
 
 
+def straight_through(e: Tensor, quantized: Tensor) -> Tensor:
+    """The quantized vectors [M, d]; their gradient passes unchanged to e [M, d]."""
+    return e + (quantized - e).detach()
+
+
+def rotation(e: Tensor, quantized: Tensor) -> Tensor:
+    """The rotation trick (arXiv 2410.06424): quantized vectors [M, d] as |q| / |e| R e, whose factor and R are constants.
+
+    R = I - 2 r rᵀ + 2 q̂ êᵀ with r = (ê + q̂) / |ê + q̂| turns ê = e / |e| to q̂ = q / |q| in their plane, so that the gradient
+    keeps its angle to the vector, and its length but for the factor.  Vectors that have no such R, because e or q is zero or
+    they are opposite, get the straight-through gradient.
+    """
+    with torch.no_grad():
+        e_length, q_length = (v.norm(dim=-1, keepdim=True) for v in (e, quantized))             # [M, 1]
+        e_unit, q_unit = F.normalize(e, dim=-1), F.normalize(quantized, dim=-1)                 # [M, d]
+        middle = e_unit + q_unit
+        factor = q_length / e_length.clamp_min(1e-6)  # finite, also where it is not used: 0 times infinity is no gradient
+        # The middle of nearly opposite vectors is their rounding error.
+        defined = (e_length > 1e-6) & (q_length > 1e-6) & (middle.norm(dim=-1, keepdim=True) > 1e-3)
+        r = F.normalize(middle, dim=-1)
+    turned = factor * (e - 2 * (e * r).sum(-1, keepdim=True) * r + 2 * (e * e_unit).sum(-1, keepdim=True) * q_unit)
+    moved = torch.where(defined, turned, e)
+    return quantized.detach() + (moved - moved.detach())  # the value is q itself, as sampling decodes it
+
+
+Gradient = Callable[[Tensor, Tensor], Tensor]
+GRADIENTS: dict[str, Gradient] = {"straight-through": straight_through, "rotation": rotation}
+
+
 class VectorQuantizer(nn.Module):
     """LlamaGen's single codebook; IAR2's associated dual one: semantic, then the detail of the residual (equations 5 and 6)."""
 
@@ -55,6 +85,7 @@ class VectorQuantizer(nn.Module):
     def __init__(self, codebook_sizes: tuple[int, ...], code_dim: int, beta: float) -> None:
         super().__init__()
         self.beta = beta
+        self.gradient: Gradient = straight_through  # of training alone: no part of what a checkpoint computes
         # A uniform start on the sphere, of the detail codebook too, as in the release: a start near zero uses a quarter of it.
         self.codebooks = nn.ParameterList(F.normalize(torch.randn(size, code_dim), dim=-1) for size in codebook_sizes)
 
@@ -97,7 +128,7 @@ class VectorQuantizer(nn.Module):
                 chosen.append(codes)
             codebook_loss = F.mse_loss(quantized, e.detach())
             commitment_loss = self.beta * F.mse_loss(e, quantized.detach())
-            quantized = e + (quantized - e).detach()
+            quantized = self.gradient(e, quantized)
         codes = torch.stack(chosen).unflatten(1, grid).movedim(0, 1)               # [B, C, h, w]
         return Quantized(quantized.unflatten(0, grid).movedim(-1, 1), codes, codebook_loss, commitment_loss)
 
@@ -134,7 +165,7 @@ class ProductQuantizer(VectorQuantizer):
                 chosen.append(nearest(e.detach(), table.detach()))
                 quantized = F.embedding(chosen[-1], table)
                 losses.append((F.mse_loss(quantized, e.detach()), self.beta * F.mse_loss(e, quantized.detach())))
-                parts.append((e + (quantized - e).detach()).unflatten(0, grid).movedim(-1, 1))
+                parts.append(self.gradient(e, quantized).unflatten(0, grid).movedim(-1, 1))
         codes = torch.stack(chosen).unflatten(1, grid).movedim(0, 1)               # [B, C', h, w]
         codebook_loss, commitment_loss = (torch.stack(terms).mean() for terms in zip(*losses))
         return Quantized(self._join(parts), codes, codebook_loss, commitment_loss)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tokenizer.tokenizer_image.perceptual import PerceptualOptions
-from tokenizer.tokenizer_image.quantizer import QUANTIZERS
+from tokenizer.tokenizer_image.quantizer import GRADIENTS, QUANTIZERS
 from tokenizer.tokenizer_image.vq_loss import ADVERSARIAL, RECIPES
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils.batches import BatchOptions
@@ -82,7 +82,7 @@ class LossOptions:
 
 @dataclass
 class CodebookOptions:
-    """Care of codebooks on small data; off by default, as in the paper."""
+    """Care of codebooks, on small data above all; off by default, as in the paper."""
 
     codebook_init: Literal["uniform", "whitened", "kmeans"] = "uniform"
     """Start of the codebook that this stage introduces: uniform on the sphere; whitened: also spread the latents of a fresh
@@ -91,6 +91,9 @@ class CodebookOptions:
     """Latents that whitening and k-means see."""
     revive_every: Count = 0
     """Steps between revivals of codes that were never chosen, until 80% of the training; 0: never."""
+    gradient: Annotated[str, choices(GRADIENTS)] = "straight-through"
+    """How the decoder's gradient reaches the encoder: unchanged, or turned and scaled as the code is against the latent (the
+    rotation trick)."""
 
 
 @dataclass
@@ -117,7 +120,7 @@ class VQTrainConfig:
 
 # Options that must not change on resume.
 FIXED_OPTIONS = ("seed", "global_batch_size", "ema_decay", "recipe", "lr_schedule", "weight_decay", "pixel_weight",
-                 "perceptual_weight", "disc_weight")
+                 "perceptual_weight", "disc_weight", "gradient")
 
 
 # Epochs of 1,281,167 images in batches of 128, where they are not LlamaGen's 40: IAR2's released file is step 485,000 of stage 2.

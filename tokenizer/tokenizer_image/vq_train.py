@@ -33,7 +33,7 @@ from tokenizer.tokenizer_image.codebook import (
 from tokenizer.tokenizer_image.discriminator import PatchGAN
 from tokenizer.tokenizer_image.evaluate import evaluate_tokenizer, reconstruction_grid
 from tokenizer.tokenizer_image.perceptual import build_perceptual
-from tokenizer.tokenizer_image.quantizer import QUANTIZERS, Quantized, Streams
+from tokenizer.tokenizer_image.quantizer import GRADIENTS, QUANTIZERS, Quantized, Streams
 from tokenizer.tokenizer_image.vq_loss import PROCEDURES, RECIPES, LossWeights, TokenizerLoss
 from tokenizer.tokenizer_image.vq_model import TokenizerProvenance, VQConfig, VQModel, build_tokenizer
 from tokenizer.tokenizer_image.vq_options import FIXED_OPTIONS, VQTrainConfig, quantizer_name, recipe
@@ -127,6 +127,7 @@ def build_model(config: VQTrainConfig, initial: dict[str, Tensor]) -> VQModel:
     torch.manual_seed(config.run.seed)
     model = build_tokenizer(options.vq_model, quantizer=quantizer, codebook_sizes=tuple(sizes), code_dim=options.code_dim,
                             beta=options.beta)
+    model.quantizer.gradient = GRADIENTS[config.codebook.gradient]
     require_multiple("--image-size", config.images.image_size, model.config.downsampling,
                      f"the downsampling of {options.vq_model}")
     if initial:
