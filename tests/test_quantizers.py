@@ -1,4 +1,4 @@
-"""Quantizers and gradients beyond the paper: rotation trick, SimVQ, plain residual codebooks."""
+"""Quantizers and gradients beyond the paper: rotation trick, SimVQ, plain residual codebooks; what the interleaved step moves."""
 
 import json
 from dataclasses import replace
@@ -264,6 +264,7 @@ def test_checkpoints_from_before_these_options_go_on(pictures, tmp_path, capsys)
     records = sorted((tmp_path / "run" / "checkpoints").glob("*/config.json"))
     record = json.loads(records[-1].read_text())
     assert record["options"]["codebook"].pop("gradient") == "straight-through"
+    assert record["options"]["loss"].pop("interleave_gradients") == "all"
     records[-1].write_text(json.dumps(record))
     (tmp_path / "run" / "tokenizer.safetensors").unlink()
     call(vq_train.main, *words)
@@ -286,3 +287,25 @@ def test_the_advice_on_collapse_fits_the_quantizer(caplog):
     """A warning that recommends a refused option helps nobody."""
     warn_of_collapse({"images": 1000, "usage_token": 0.1}, replace(TINY_VQ, quantizer="simvq", codebook_sizes=(16,)), 64)
     assert "CODEBOOK COLLAPSE" in caplog.text and "whitened" in caplog.text and "kmeans" not in caplog.text
+
+
+@pytest.mark.parametrize("recipe, words, network", [
+    ("paper", (), True), ("released", (), False), ("equal", (), True),
+    ("paper", ("--interleave-gradients", "codebook"), False), ("released", ("--interleave-gradients", "all"), True),
+    ("equal", ("--interleave-gradients", "codebook"), False)])
+def test_what_the_interleaved_step_moves_is_an_option_of_its_own(recipe, words, network):
+    """The paper leaves it open, so it must be separable from everything else in which paper and release differ."""
+    torch.manual_seed(0)
+    model, config = VQModel(TINY_VQ), stage_options("dual", recipe, *words)
+    loss = vq_loss.TokenizerLoss(PixelDistance(), PatchGAN(8, 2).requires_grad_(False), discriminator_start=0)
+    vq_train.interleaved_loss(model, loss, torch.rand(2, 3, 32, 32) * 2 - 1, config, 2).backward()
+    assert parts_with_gradient(model) == (NETWORK if network else set()) | {"semantic"}
+    untyped = replace(config.loss, interleave_gradients=stage_options("dual", recipe).loss.interleave_gradients)
+    assert untyped == stage_options("dual", recipe).loss
+
+
+def test_the_interleave_belongs_to_stage_two(capsys, images_folder, tmp_path):
+    """A stage without a third step would ignore it."""
+    words = ("--stage", "semantic", "--interleave-gradients", "codebook")
+    sentence = refused(capsys, vq_train.main, *vq(images_folder, tmp_path / "run", *words))
+    assert "--interleave-gradients codebook" in sentence and "--stage dual" in sentence

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from tokenizer.tokenizer_image.perceptual import PerceptualOptions
 from tokenizer.tokenizer_image.quantizer import GRADIENTS, QUANTIZERS
-from tokenizer.tokenizer_image.vq_loss import ADVERSARIAL, RECIPES
+from tokenizer.tokenizer_image.vq_loss import ADVERSARIAL, INTERLEAVE_GRADIENTS, PROCEDURES, RECIPES
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils.batches import BatchOptions
 from utils.config import Count, NonNegative, Positive, UserError, choices
@@ -78,6 +78,9 @@ class LossOptions:
     """Strided layers of the discriminator after the first."""
     disc_adaptive_weight: bool = False
     """Balance the adversarial term by gradient norms (VQGAN)."""
+    interleave_gradients: Annotated[str, choices(INTERLEAVE_GRADIENTS)] = "all"
+    """What every third step of stage 2 moves by stage 1's loss: encoder and decoder too, or the semantic codebook alone.
+    The recipe decides: all, except in the released one."""
 
 
 @dataclass
@@ -120,7 +123,7 @@ class VQTrainConfig:
 
 # Options that must not change on resume.
 FIXED_OPTIONS = ("seed", "global_batch_size", "ema_decay", "recipe", "lr_schedule", "weight_decay", "pixel_weight",
-                 "perceptual_weight", "disc_weight", "gradient")
+                 "perceptual_weight", "disc_weight", "interleave_gradients", "gradient")
 
 
 # Epochs of 1,281,167 images in batches of 128, where they are not LlamaGen's 40: IAR2's released file is step 485,000 of stage 2.
@@ -128,16 +131,17 @@ EPOCHS = {("released", "dual"): 48.5}
 
 
 def recipe(config: VQTrainConfig) -> dict[str, Any]:
-    """Defaults for --recipe and --stage: the loss weights, the length, the run's folder."""
+    """Defaults for --recipe and --stage: the loss weights, the interleave, the length, the run's folder."""
     weights = RECIPES[config.loss.recipe, config.stage]
     return {"pixel_weight": weights.pixel, "perceptual_weight": weights.perceptual, "disc_weight": weights.adversarial,
+            "interleave_gradients": PROCEDURES[config.loss.recipe].interleave_gradients,
             "epochs": EPOCHS.get((config.loss.recipe, config.stage), 40),
             "run_dir": Path("runs/vq") / config.stage} | typed_schedule(config.optim)
 
 
 def quantizer_name(config: VQTrainConfig) -> str:
     """The row of `QUANTIZERS` to train; raises UserError where stage or options do not go with it."""
-    name, codebook = config.tokenizer.quantizer, config.codebook
+    name, codebook, interleave = config.tokenizer.quantizer, config.codebook, config.loss.interleave_gradients
     if name == "auto":
         name = "single" if config.stage == "single" else "dual"
     quantizer, _, stages = QUANTIZERS[name]
@@ -149,4 +153,7 @@ def quantizer_name(config: VQTrainConfig) -> str:
     if not quantizer.free_codes and codebook.revive_every:
         raise UserError(f"--revive-every {codebook.revive_every} moves single codes but --quantizer {name} moves all of them by "
                         "one matrix: leave it out.")
+    if config.stage != "dual" and interleave != PROCEDURES[config.loss.recipe].interleave_gradients:
+        raise UserError(f"--interleave-gradients {interleave} is of stage 2, not of --stage {config.stage}: give it to --stage "
+                        "dual alone.")
     return name

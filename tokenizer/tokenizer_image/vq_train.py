@@ -93,7 +93,7 @@ def semantic_weights(config: VQTrainConfig) -> LossWeights:
 
 def interleaved_loss(model: VQModel, loss: TokenizerLoss, images: Tensor, config: VQTrainConfig, step: int) -> Tensor:
     """Equation 7 on the third step of stage 2; in the release only its codebook term, which moves nothing but the codebook."""
-    if not PROCEDURES[config.loss.recipe].interleave_network:
+    if config.loss.interleave_gradients == "codebook":
         with torch.no_grad():
             latents = model.latents(images)
         return model.quantizer(latents, "semantic").codebook_loss
