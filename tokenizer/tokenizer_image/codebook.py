@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.tokenizer_image.kmeans import minibatch_kmeans
-from tokenizer.tokenizer_image.quantizer import VectorQuantizer, nearest
+from tokenizer.tokenizer_image.quantizer import QUANTIZERS, VectorQuantizer, nearest
 from tokenizer.tokenizer_image.vq_model import VQConfig
 from utils.code_shards import STREAMS
 from utils.config import UserError
@@ -57,13 +57,15 @@ def warn_of_collapse(figures: dict[str, float], config: VQConfig, image_size: in
     Returns the lowest usage that it could tell, 1 where none.
     """
     lowest = 1.0
+    free = QUANTIZERS[config.quantizer][0].free_codes
+    remedy = "--codebook-init kmeans and --revive-every 100" if free else "--codebook-init whitened or a lower --lr"
     codes = figures["images"] * (image_size // config.downsampling) ** 2
     for name, size in zip(STREAMS[len(config.codebook_sizes)], config.codebook_sizes):
         usage = figures.get(f"usage_{name}", 1.0)  # a stage that leaves a codebook out has no figure of it
         lowest = min(lowest, usage) if codes >= 4 * size else lowest
         if usage < 0.5 and codes >= 4 * size:
             log.warning("CODEBOOK COLLAPSE: only %.1f%% of the %d codes of the %s codebook are used over %d images; "
-                        "try --codebook-init kmeans and --revive-every 100", 100 * usage, size, name, figures["images"])
+                        "try %s", 100 * usage, size, name, figures["images"], remedy)
     return lowest
 
 

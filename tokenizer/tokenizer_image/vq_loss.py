@@ -44,16 +44,17 @@ RECIPES: dict[tuple[str, str], LossWeights] = {
 class Procedure:
     """What a recipe decides beside its loss weights."""
 
-    interleave_network: bool     # the third step's equation 7 moves encoder and decoder too, not the semantic codebook alone
+    interleave_gradients: str    # of INTERLEAVE_GRADIENTS, unless --interleave-gradients is typed
     clip_apart: bool             # semantic codebook, detail codebook and network are each clipped to the norm
     keep_discriminator: bool     # stage 2 goes on with stage 1's discriminator
     weigh_discriminator: bool    # the discriminator's own loss bears the weight of the adversarial term too
 
 
+INTERLEAVE_GRADIENTS = ("all", "codebook")  # what the third step's equation 7 moves: network and semantic codebook, or this alone
 PROCEDURES: dict[str, Procedure] = {
-    "paper": Procedure(True, False, False, False),     # the paper leaves all four open
-    "released": Procedure(False, True, True, True),
-    "equal": Procedure(True, False, False, False),
+    "paper": Procedure("all", False, False, False),     # the paper leaves all four open
+    "released": Procedure("codebook", True, True, True),
+    "equal": Procedure("all", False, False, False),
 }
 
 

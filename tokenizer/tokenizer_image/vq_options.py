@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tokenizer.tokenizer_image.perceptual import PerceptualOptions
-from tokenizer.tokenizer_image.quantizer import QUANTIZERS
-from tokenizer.tokenizer_image.vq_loss import ADVERSARIAL, RECIPES
+from tokenizer.tokenizer_image.quantizer import GRADIENTS, QUANTIZERS
+from tokenizer.tokenizer_image.vq_loss import ADVERSARIAL, INTERLEAVE_GRADIENTS, PROCEDURES, RECIPES
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils.batches import BatchOptions
-from utils.config import Count, NonNegative, Positive, choices
+from utils.config import Count, NonNegative, Positive, UserError, choices
 from utils.devices import Compile
 from utils.image_dataset import ImageOptions
 from utils.optim import OptimOptions, typed_schedule
@@ -45,7 +45,8 @@ class TokenizerOptions:
     vq_model: Annotated[str, choices(VQ_models)] = "VQ-16"
     """Preset of the autoencoder."""
     quantizer: Annotated[str, choices(("auto", *QUANTIZERS))] = "auto"
-    """auto: single for --stage single, dual for the others; product: the unassociated dual codebook of table 7."""
+    """auto: single for --stage single, dual for the others; product: the unassociated dual codebook of table 7.  Not of the
+    paper: residual: the dual codebooks in one stage; simvq, dual-simvq: one matrix moves all codes of a frozen codebook."""
     codebook_sizes: tuple[Positive, ...] = ()
     """Codes of each codebook; empty: 256 4096, or 16384 for a single one."""
     code_dim: Positive = 8
@@ -77,11 +78,14 @@ class LossOptions:
     """Strided layers of the discriminator after the first."""
     disc_adaptive_weight: bool = False
     """Balance the adversarial term by gradient norms (VQGAN)."""
+    interleave_gradients: Annotated[str, choices(INTERLEAVE_GRADIENTS)] = "all"
+    """What every third step of stage 2 moves by stage 1's loss: encoder and decoder too, or the semantic codebook alone.
+    The recipe decides: all, except in the released one."""
 
 
 @dataclass
 class CodebookOptions:
-    """Care of codebooks on small data; off by default, as in the paper."""
+    """Care of codebooks, on small data above all; off by default, as in the paper."""
 
     codebook_init: Literal["uniform", "whitened", "kmeans"] = "uniform"
     """Start of the codebook that this stage introduces: uniform on the sphere; whitened: also spread the latents of a fresh
@@ -90,6 +94,9 @@ class CodebookOptions:
     """Latents that whitening and k-means see."""
     revive_every: Count = 0
     """Steps between revivals of codes that were never chosen, until 80% of the training; 0: never."""
+    gradient: Annotated[str, choices(GRADIENTS)] = "straight-through"
+    """How the decoder's gradient reaches the encoder: unchanged, or turned and scaled as the code is against the latent (the
+    rotation trick)."""
 
 
 @dataclass
@@ -116,7 +123,7 @@ class VQTrainConfig:
 
 # Options that must not change on resume.
 FIXED_OPTIONS = ("seed", "global_batch_size", "ema_decay", "recipe", "lr_schedule", "weight_decay", "pixel_weight",
-                 "perceptual_weight", "disc_weight")
+                 "perceptual_weight", "disc_weight", "interleave_gradients", "gradient")
 
 
 # Epochs of 1,281,167 images in batches of 128, where they are not LlamaGen's 40: IAR2's released file is step 485,000 of stage 2.
@@ -124,8 +131,29 @@ EPOCHS = {("released", "dual"): 48.5}
 
 
 def recipe(config: VQTrainConfig) -> dict[str, Any]:
-    """Defaults for --recipe and --stage: the loss weights, the length, the run's folder."""
+    """Defaults for --recipe and --stage: the loss weights, the interleave, the length, the run's folder."""
     weights = RECIPES[config.loss.recipe, config.stage]
     return {"pixel_weight": weights.pixel, "perceptual_weight": weights.perceptual, "disc_weight": weights.adversarial,
+            "interleave_gradients": PROCEDURES[config.loss.recipe].interleave_gradients,
             "epochs": EPOCHS.get((config.loss.recipe, config.stage), 40),
             "run_dir": Path("runs/vq") / config.stage} | typed_schedule(config.optim)
+
+
+def quantizer_name(config: VQTrainConfig) -> str:
+    """The row of `QUANTIZERS` to train; raises UserError where stage or options do not go with it."""
+    name, codebook, interleave = config.tokenizer.quantizer, config.codebook, config.loss.interleave_gradients
+    if name == "auto":
+        name = "single" if config.stage == "single" else "dual"
+    quantizer, _, stages = QUANTIZERS[name]
+    if config.stage not in stages:
+        raise UserError(f"--quantizer {name} does not go with --stage {config.stage}: it has --stage {' and '.join(stages)}.")
+    if not quantizer.free_codes and codebook.codebook_init == "kmeans":
+        raise UserError(f"--codebook-init kmeans places every code by itself but --quantizer {name} moves all of them by one "
+                        "matrix: take uniform or whitened.")
+    if not quantizer.free_codes and codebook.revive_every:
+        raise UserError(f"--revive-every {codebook.revive_every} moves single codes but --quantizer {name} moves all of them by "
+                        "one matrix: leave it out.")
+    if config.stage != "dual" and interleave != PROCEDURES[config.loss.recipe].interleave_gradients:
+        raise UserError(f"--interleave-gradients {interleave} is of stage 2, not of --stage {config.stage}: give it to --stage "
+                        "dual alone.")
+    return name

@@ -33,10 +33,10 @@ from tokenizer.tokenizer_image.codebook import (
 from tokenizer.tokenizer_image.discriminator import PatchGAN
 from tokenizer.tokenizer_image.evaluate import evaluate_tokenizer, reconstruction_grid
 from tokenizer.tokenizer_image.perceptual import build_perceptual
-from tokenizer.tokenizer_image.quantizer import QUANTIZERS, Quantized, Streams
+from tokenizer.tokenizer_image.quantizer import GRADIENTS, QUANTIZERS, Quantized, Streams
 from tokenizer.tokenizer_image.vq_loss import PROCEDURES, RECIPES, LossWeights, TokenizerLoss
 from tokenizer.tokenizer_image.vq_model import TokenizerProvenance, VQConfig, VQModel, build_tokenizer
-from tokenizer.tokenizer_image.vq_options import FIXED_OPTIONS, VQTrainConfig, recipe
+from tokenizer.tokenizer_image.vq_options import FIXED_OPTIONS, VQTrainConfig, quantizer_name, recipe
 from utils.batches import GlobalBatches, StepPlan, plan_steps
 from utils.checkpoint import RunRecord, export, fingerprint, load_weights, read_export, read_initial
 from utils.config import UserError, parse, require_multiple, run_main, to_dict
@@ -75,7 +75,7 @@ def clipping_groups(model: VQModel, recipe_name: str) -> list[list[nn.Parameter]
     trained = [p for p in model.parameters() if p.requires_grad]
     if not PROCEDURES[recipe_name].clip_apart:
         return [trained]
-    books = list(model.quantizer.codebooks)
+    books = [model.quantizer.trained(stream) for stream in range(len(model.config.codebook_sizes))]
     return [[book] for book in books if book.requires_grad] + [[p for p in trained if not any(p is book for book in books)]]
 
 
@@ -93,7 +93,7 @@ def semantic_weights(config: VQTrainConfig) -> LossWeights:
 
 def interleaved_loss(model: VQModel, loss: TokenizerLoss, images: Tensor, config: VQTrainConfig, step: int) -> Tensor:
     """Equation 7 on the third step of stage 2; in the release only its codebook term, which moves nothing but the codebook."""
-    if not PROCEDURES[config.loss.recipe].interleave_network:
+    if config.loss.interleave_gradients == "codebook":
         with torch.no_grad():
             latents = model.latents(images)
         return model.quantizer(latents, "semantic").codebook_loss
@@ -119,19 +119,15 @@ def autoencoder_loss(model: VQModel, loss: TokenizerLoss, images: Tensor, config
 
 def build_model(config: VQTrainConfig, initial: dict[str, Tensor]) -> VQModel:
     """The tokenizer, with the weights of --init-from where there are any; raises UserError for options that do not fit."""
-    options, quantizer = config.tokenizer, config.tokenizer.quantizer
-    if quantizer == "auto":
-        quantizer = "single" if config.stage == "single" else "dual"
-    _, wanted, stages = QUANTIZERS[quantizer]
-    if config.stage not in stages:
-        raise UserError(f"--quantizer {quantizer} does not go with --stage {config.stage}: it has --stage "
-                        f"{' and '.join(stages)}.")
+    options, quantizer = config.tokenizer, quantizer_name(config)
+    _, wanted, _ = QUANTIZERS[quantizer]
     sizes = options.codebook_sizes or ((16384,) if wanted == 1 else (256, 4096))
     if len(sizes) != wanted:
         raise UserError(f"--codebook-sizes has {len(sizes)} values but --quantizer {quantizer} needs {wanted}.")
     torch.manual_seed(config.run.seed)
     model = build_tokenizer(options.vq_model, quantizer=quantizer, codebook_sizes=tuple(sizes), code_dim=options.code_dim,
                             beta=options.beta)
+    model.quantizer.gradient = GRADIENTS[config.codebook.gradient]
     require_multiple("--image-size", config.images.image_size, model.config.downsampling,
                      f"the downsampling of {options.vq_model}")
     if initial:
@@ -218,7 +214,7 @@ def set_up(config: VQTrainConfig, initial: dict[str, Tensor], processes: Process
         model.encoder.compile()
         model.decoder.compile()
     if config.stage == "semantic":
-        model.quantizer.codebooks[1].requires_grad_(False)
+        model.quantizer.trained(1).requires_grad_(False)
     betas = options.beta1, options.beta2
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=options.lr, betas=betas, weight_decay=options.weight_decay, fused=True)
