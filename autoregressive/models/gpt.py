@@ -28,6 +28,7 @@ from utils.untrusted import read_fields
 # Shapes of the paper's section 5.1 and LlamaGen's larger models; parameters of IAR2 on a 24x24 grid, 1000 classes.
 GPT_models: dict[str, dict[str, int]] = {
     "GPT-tiny": dict(n_layer=4, dim=128, n_head=4, head_layers=2, ffn_multiple_of=64),  # quickstart
+    "GPT-tiny-wide": dict(n_layer=4, dim=128, n_head=4, head_layers=1, ffn_multiple_of=420),  # study: no context, equal weights
     "GPT-small": dict(n_layer=8, dim=384, n_head=6, head_layers=3),                     # 32-pixel images
     "GPT-B": dict(n_layer=12, dim=768, n_head=12, head_layers=5),     # 143M
     "GPT-L": dict(n_layer=24, dim=1024, n_head=16, head_layers=5),    # 408M
