@@ -52,7 +52,7 @@ class StudyConfig:
     vgg: str = ""
     """VGG16's weights (torchvision's file) for LPIPS in part A; empty: a classifier's distance stands for it."""
     seeds: tuple[Seed, ...] = (0, 1, 2)
-    """Seeds of B, beyond and C; A and D use the first two."""
+    """Seeds of B, C and the best row of beyond; the others use the first two."""
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     """Learning rates among which short trainings choose, for each system."""
     beyond: str = ""
@@ -84,9 +84,11 @@ def run_part(part: str, config: StudyConfig, cifar: Data, fashion: Data, runner:
     beyond = next((row for row in systems.BEYOND if row.name == config.beyond), None)
     if part == "A":
         return part_a(cifar, systems.A, few, config.vgg, runner)
-    if part in ("B", "beyond"):
-        rows = systems.B if part == "B" else (systems.IAR2, *systems.BEYOND)
-        return part_b(cifar, rows, seeds, config.rates, runner)
+    if part == "B":
+        return part_b(cifar, dict.fromkeys(systems.B, seeds), config.rates, runner)
+    if part == "beyond":
+        rows = {row: seeds if row in (systems.IAR2, beyond) else few for row in (systems.IAR2, *systems.BEYOND)}
+        return part_b(cifar, rows, config.rates, runner)
     if part == "C":
         return part_c(fashion, beyond, seeds, config.rates, runner)
     return part_d(fashion, systems.D, few, config.rates, runner)

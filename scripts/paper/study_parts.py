@@ -3,7 +3,7 @@
 What a system is given by trying (its learning rate) is chosen on the validation half; scores are of the test half.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,13 +70,12 @@ def step_seconds(trials: Mapping[str, Trial], runner: Runner) -> dict[str, Figur
 
 def dual_tokenizer(data: Data) -> Step:
     """The frozen dual tokenizer of parts B to D: IAR2's of part A, with its first seed."""
-    return data.tokenizer(ASSOCIATED.quantizer, ASSOCIATED.sizes, 0, *ASSOCIATED.options, name=ASSOCIATED.name)
+    return data.tokenizer(ASSOCIATED)
 
 
 def part_a(data: Data, rows: Sequence[Tokenizer], seeds: Sequence[int], vgg: str, runner: Runner) -> Figures:
     """Tokenizers: reconstructions of the test half; vgg: VGG16's weights for LPIPS, or empty."""
-    made = {(row.name, seed): data.tokenizer(row.quantizer, row.sizes, seed, *row.options, name=row.name)
-            for row in rows for seed in seeds}
+    made = {(row.name, seed): data.tokenizer(row, seed) for row in rows for seed in seeds}
     rebuilt = {key: data.reconstruction(tokenizer, vgg) for key, tokenizer in made.items()}
     judged = {key: data.judged(step, "test.npz") for key, step in rebuilt.items()}
     runner.run([*rebuilt.values(), *judged.values()])
@@ -87,17 +86,20 @@ def part_a(data: Data, rows: Sequence[Tokenizer], seeds: Sequence[int], vgg: str
         for row in rows}
 
 
-def part_b(data: Data, rows: Iterable[System], seeds: Sequence[int], rates: Sequence[float], runner: Runner) -> Figures:
-    """Paradigms on one frozen dual tokenizer: bits per image of the test half, by stream, without guidance."""
+def part_b(data: Data, rows: Mapping[System, Sequence[int]], rates: Sequence[float], runner: Runner) -> Figures:
+    """Paradigms on one frozen dual tokenizer: bits per image of the test half, by stream, without guidance.
+
+    rows: the systems, each with its seeds.
+    """
     tokenizer = dual_tokenizer(data)
     trials = {row.name: Trial(data, row, tokenizer) for row in rows}
     chosen = learning_rates(trials, rates, runner)
-    runs = {(name, seed): trial.train(chosen[name]["lr"], seed) for seed in seeds for name, trial in trials.items()}
+    runs = {(row.name, seed): trials[row.name].train(chosen[row.name]["lr"], seed) for row, seeds in rows.items() for seed in seeds}
     bits = {key: data.bits(run, tokenizer) for key, run in runs.items()}
     runner.run(bits.values())
     times = step_seconds(trials, runner)
     if runner.dry:
         return {}
-    return {name: {"label": trial.system.label, **chosen[name], **times[name], "seeds": {
-        seed: bits[name, seed].json("bits.json") | {"curve": curve(runs[name, seed], data.batch)} for seed in seeds}}
-        for name, trial in trials.items()}
+    return {row.name: {"label": row.label, **chosen[row.name], **times[row.name], "seeds": {
+        seed: bits[row.name, seed].json("bits.json") | {"curve": curve(runs[row.name, seed], data.batch)} for seed in seeds}}
+        for row, seeds in rows.items()}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from scripts.paper.steps import Made, Runner, Step, Word
 from scripts.paper.study_parts import Figures, Trial, dual_tokenizer, learning_rates, step_seconds
 from scripts.paper.study_steps import BEST, Data
-from scripts.paper.study_systems import CONSTANT, CTF_CLUSTERS, IAR2, IAR_CLUSTERS, SINGLES, Schedule, System
+from scripts.paper.study_systems import CONSTANT, CTF_CLUSTERS, IAR2, IAR_CLUSTERS, SINGLES, Schedule, System, Tokenizer
 
 POINTS = ("images", "time")  # where systems are compared: after equal images, after equal time
 
@@ -55,7 +55,7 @@ def contenders(data: Data, beyond: System | None, runner: Runner) -> tuple[dict[
     Of the single codebooks that one is taken whose reconstructions are nearest to the dual codebook's.
     """
     dual = dual_tokenizer(data)
-    singles = [data.tokenizer("single", (size,), 0) for size in SINGLES]
+    singles = [data.tokenizer(Tokenizer(f"single-{size}", "", "single", (size,))) for size in SINGLES]
     rebuilt = [data.reconstruction(tokenizer) for tokenizer in (dual, *singles)]
     judged = [data.judged(step, "test.npz") for step in rebuilt]
     runner.run([*rebuilt, *judged])

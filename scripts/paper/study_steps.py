@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.paper.steps import Made, Own, Step, Word
+from scripts.paper.study_systems import Tokenizer
 
 IMAGES_OF = {"cifar10": 50_000, "fashion-mnist": 60_000}
 IMAGES: tuple[Word, ...] = ("--image-size", 32, "--num-workers", 0)
@@ -27,7 +28,7 @@ class Lengths:
     """Steps of a GPT, of 64 images."""
     pilot_steps: int = 80
     """Steps of a GPT in the search for its learning rate."""
-    evaluations: int = 8
+    evaluations: int = 5
     """Evaluations on the validation half along a GPT's training; the weights at each are kept."""
     per_class: int = 200
     """Samples of each class that are scored."""
@@ -68,27 +69,23 @@ class Data:
         """The teacher as perceptual distance."""
         return "--perceptual-net", "classifier", "--perceptual-file", Made(self.classifier("teacher"), "classifier.safetensors")
 
-    def tokenizer(self, quantizer: str, sizes: tuple[int, ...], seed: int = 0, *options: Word, name: str = "") -> Step:
-        """A tokenizer in two phases of the same losses, whatever its quantizer; dual ones share their first phase.
-
-        options: of the second phase, or of both where there is no semantic stage.
-        """
+    def tokenizer(self, row: Tokenizer, seed: int = 0) -> Step:
+        """A tokenizer in two phases of the same losses, whatever its quantizer; dual ones share their first phase."""
         first, second = self.lengths.tokenizer_steps
-        staged = quantizer == "dual"
+        staged = row.quantizer == "dual"
         common: tuple[Word, ...] = (
             "tokenizer/tokenizer_image/vq_train.py", "--data-path", Made(self.images, "train.npz"), "--val-path",
             Made(self.images, "validation.npz"), "--val-limit", 1000, *IMAGES, *self.perceptual, "--recipe", "equal",
-            "--vq-model", "VQ-4-small", "--quantizer", quantizer, "--codebook-sizes", *sizes, "--global-batch-size", 16,
+            "--vq-model", "VQ-4-small", "--quantizer", row.quantizer, "--codebook-sizes", *row.sizes, "--global-batch-size", 16,
             "--lr", 1e-3, "--lr-end", 1e-4, "--ema-decay", 0.99, "--no-random-crop", "--log-every", 50,
             "--checkpoint-every", 400, "--seed", seed, "--run-dir", Own())
-        kind, label = ("-".join(map(str, (self.name, what, *sizes, f"seed{seed}"))) for what in (quantizer, name or quantizer))
-        start: tuple[Word, ...] = ("--codebook-init", "kmeans", "--kmeans-vectors", 32768, "--revive-every", 50)
-        both = () if staged else options
+        kind, label = ("-".join(map(str, (self.name, name, *row.sizes, f"seed{seed}"))) for name in (row.quantizer, row.name))
+        care: tuple[Word, ...] = ("--revive-every", 50) if row.init == "kmeans" else ()
+        start: tuple[Word, ...] = ("--codebook-init", row.init, "--kmeans-vectors", 32768, *care)
         begun = Step(self.root, "tokenizer", f"{kind}-first", (
-            *common, "--stage", "semantic" if staged else "single", "--steps", first, *start, *both))
-        again = start if staged else ("--revive-every", 50)
-        return Step(self.root, "tokenizer", label, (
-            *common, "--stage", "dual" if staged else "single", "--steps", second, *again, *options,
+            *common, "--stage", "semantic" if staged else "single", "--steps", first, *start, *(() if staged else row.options)))
+        return Step(self.root, "tokenizer", label, (  # one without stages goes on with its own codebooks
+            *common, "--stage", "dual" if staged else "single", "--steps", second, *(start if staged else care), *row.options,
             "--init-from", Made(begun)))
 
     def reconstruction(self, tokenizer: Step, vgg: str = "") -> Step:

@@ -14,6 +14,8 @@ class Tokenizer:
     quantizer: str
     sizes: tuple[int, ...]
     options: tuple[Word, ...] = ()
+    init: str = "kmeans"
+    """Start of its codebooks; k-means goes with the revival of codes that are never chosen."""
     beyond: bool = False
     """Whether the idea is not the paper's."""
 
@@ -45,7 +47,7 @@ A = (
               ("--interleave-gradients", "codebook")),
     Tokenizer("rotation", "associated, rotation trick", "dual", DUAL,
               ("--interleave-gradients", "all", "--gradient", "rotation"), beyond=True),
-    Tokenizer("simvq-4096", "SimVQ 4,096", "simvq", (4096,), beyond=True),
+    Tokenizer("simvq-4096", "SimVQ 4,096", "simvq", (4096,), init="whitened", beyond=True),
 )
 ASSOCIATED = next(row for row in A if row.name == "associated")
 
