@@ -94,7 +94,8 @@ def part_b(data: Data, rows: Mapping[System, Sequence[int]], rates: Sequence[flo
     tokenizer = dual_tokenizer(data)
     trials = {row.name: Trial(data, row, tokenizer) for row in rows}
     chosen = learning_rates(trials, rates, runner)
-    runs = {(row.name, seed): trials[row.name].train(chosen[row.name]["lr"], seed) for row, seeds in rows.items() for seed in seeds}
+    runs = {(row.name, seed): trials[row.name].train(chosen[row.name]["lr"], seed)
+            for row, seeds in rows.items() for seed in seeds}
     bits = {key: data.bits(run, tokenizer) for key, run in runs.items()}
     runner.run(bits.values())
     times = step_seconds(trials, runner)
