@@ -24,11 +24,11 @@ class Lengths:
     """Epochs of teacher and judge."""
     tokenizer_steps: tuple[int, int] = (300, 900)
     """Steps of a tokenizer's two phases, of 16 images."""
-    gpt_steps: int = 400
+    gpt_steps: int = 320
     """Steps of a GPT, of 64 images."""
     pilot_steps: int = 80
     """Steps of a GPT in the search for its learning rate."""
-    evaluations: int = 5
+    evaluations: int = 4
     """Evaluations on the validation half along a GPT's training; the weights at each are kept."""
     per_class: int = 200
     """Samples of each class that are scored."""
