@@ -24,9 +24,9 @@ def figure1(lab: Lab) -> Result:
 def figure3(lab: Lab) -> Result:
     """Figure 3: MSE and LPIPS against the distance of replaced codes, and the pictures (single codebook)."""
     tokenizer = lab.single
-    drawn = lab.step("figure3", tokenizer.label, "tokenizer/tokenizer_image/code_distance.py", "--vq-ckpt", Made(tokenizer, "run"),
-                     "--data-path", lab.validation, *lab.scale.images, *lab.perceptual, *lab.drawing_options,
-                     "--out", Own("figure3"))
+    drawn = lab.step("figure3", tokenizer.label, "tokenizer/tokenizer_image/code_distance.py", "--vq-ckpt",
+                     Made(tokenizer, "run"), "--data-path", lab.validation, *lab.scale.images, *lab.perceptual,
+                     *lab.drawing_options, "--out", Own("figure3"))
     return Result(pictures=(Made(drawn, "figure3"),))
 
 

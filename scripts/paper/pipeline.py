@@ -285,8 +285,8 @@ class Lab:
     def judged(self, samples: Step) -> Figures:
         """ADM's five numbers, or at toy scale those of a small classifier."""
         if self.toy:
-            words: Words = ("evaluations/c2i/judge.py", "--classifier", self.small_classifier("judge"), "--reference", self.reference,
-                            "--samples", Made(samples, "samples.npz"), "--out", Own("judged.json"))
+            words: Words = ("evaluations/c2i/judge.py", "--classifier", self.small_classifier("judge"), "--reference",
+                            self.reference, "--samples", Made(samples, "samples.npz"), "--out", Own("judged.json"))
         else:
             words = "evaluations/c2i/evaluator.py", self.reference, Made(samples, "samples.npz"), "--json", Own("judged.json")
         return Figures(Made(self.step("judged", samples.label, *words), "judged.json"), keys=("samples",) if self.toy else ())

@@ -76,7 +76,7 @@ def read_row(folder: Path, row: str) -> dict[str, list[float]]:
     paths = [path for path in (folder / f"{row}.json", *sorted(folder.glob(f"{row}-seed*.json"))) if path.exists()]
     if not paths:
         raise UserError(f"--rows {row} has no figures in {folder}: run reproduce.py with the name of the table.")
-    seeds = [json.loads(path.read_text()) for path in paths]
+    seeds = [read_json(path, "--rows", "the row") for path in paths]
     return {name: [seed[name] for seed in seeds if name in seed] for name in COLUMNS if any(name in seed for seed in seeds)}
 
 
