@@ -56,7 +56,8 @@ def step(tmp_path):
 
     def made(name: str, *needs: Step, words=(), **fields) -> Step:
         reads = tuple(Made(need, "made.json") for need in needs)
-        return Step(tmp_path / "out", "tool", name, (tmp_path / "tool.py", tmp_path / "log", Own(), name, *words, *reads), **fields)
+        command = (tmp_path / "tool.py", tmp_path / "log", Own(), name, *words, *reads)
+        return Step(tmp_path / "out", "tool", name, command, **fields)
 
     return made
 
