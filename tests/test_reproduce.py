@@ -257,6 +257,7 @@ def test_results_are_those_of_this_call(tmp_path, capsys):
     ("table5 --toy-seconds 5", "--toy-seconds 5.0 is for --scale toy"),
     ("table5 --window-size 3 --scale toy", "--window-size 3 is read by table6, not by table5"),
     ("figure8 --gpt-model GPT-B", "--gpt-model GPT-B is read by table1"),
+    ("figure1 --keep-every 5", "figure9, not by figure1"),
     ("table13 figure3 --seed 1 --scale toy", "not by table13, figure3"),
     ("table4 --models GPT-B", "--models ('GPT-B',) is read by figure7a, figure8, not by table4"),
     ("table5 --nproc 2 --workers 2", "leave one of them out"),

@@ -9,7 +9,7 @@ from scripts.paper.systems import iar, iar2, llamagen, on_codes
 from scripts.paper.tables import swept
 
 
-@experiment(epochs=300, unread=["gpt_model"])
+@experiment(epochs=300, gathers=True)
 def figure1(lab: Lab) -> Result:
     """Figure 1: FID over the number of parameters, the systems of table 2.  Paper's scale: trains nothing, but draws what table2
     and table3 have measured with this --image-size, --epochs and --seed beside the published points.  Toy: IAR2 and LlamaGen of
@@ -68,7 +68,7 @@ def figure7a(lab: Lab) -> Result:
     return Result(tuple(rows), plot="7a")
 
 
-@experiment(epochs=300, unread=["gpt_model"])
+@experiment(epochs=300, gathers=True)
 def figure7b(lab: Lab) -> Result:
     """Figure 7b: FID and inception score of LlamaGen, IAR and IAR2 over the number of parameters.  Paper's scale: trains nothing,
     but draws what table3 has measured with this --image-size, --epochs and --seed beside the published points.  Toy: two sizes,

@@ -72,19 +72,28 @@ class Lab:
     """Of a GPT, of the published row at toy scale."""
     model: str
     """Size of the GPTs that are trained."""
-    seed: int = 0
-    seconds: float = 0
+    seed: int
+    """Of GPT training and sampling."""
+    seconds: float
     """Training time of a GPT at toy scale."""
-    keep_every: float = 0
-    tokenizer_length: int = 0
-    gpt_options: Words = ()
-    train_path: str = ""
-    val_path: str = ""
-    reference_path: str = ""
-    models: tuple[str, ...] = ()
-    window_size: int = 5
-    classifier: str = ""
-    drawing_options: Words = ()
+    keep_every: float
+    """Epochs between the weights that a GPT's training keeps for good."""
+    tokenizer_length: int
+    """In the scale's unit; see `Scale.tokenizer_shares`."""
+    gpt_options: Words
+    """More of all GPTs."""
+    train_path: str
+    val_path: str
+    reference_path: str
+    """Images and ADM's reference, empty where the command line says none."""
+    models: tuple[str, ...]
+    """Sizes that the command line wants in a figure; empty: the paper's."""
+    window_size: int
+    """Of table 6."""
+    classifier: str
+    """That selects samples at the paper's scale."""
+    drawing_options: Words
+    """More of the command that draws a figure or sweeps."""
     wanted: list[Step] = field(default_factory=list)
     """Steps that must be done before the experiment can be declared in full."""
 

@@ -25,7 +25,7 @@ from autoregressive.models.gpt import GPT_models
 from scripts.paper import figures, tables  # noqa: F401  (they fill EXPERIMENTS)
 from scripts.paper.pipeline import Lab
 from scripts.paper.plot_figures import FigureConfig, print_figure
-from scripts.paper.results import EXPERIMENTS, Result
+from scripts.paper.results import EXPERIMENTS, OF_ROWS, Result
 from scripts.paper.scales import SCALES
 from scripts.paper.steps import REPOSITORY, Runner
 from scripts.paper.table import TableConfig, print_table
@@ -35,6 +35,7 @@ from utils.files import check_exists, check_writable, replacing, write_json
 log = logging.getLogger("reproduce")
 
 Model = Annotated[str, choices(GPT_models)]
+OF_ALL = ("names", "scale", "dry", "out", "workers")
 # What one scale reads and the other does not.
 OF_SCALE = {"toy": ("toy_seconds", "tokenizer_steps"),
             "paper": ("data_path", "val_path", "reference", "gpt_model", "image_size", "epochs", "gpt_options",
@@ -91,20 +92,27 @@ class ReproduceConfig:
     """Figures 3, 6 and 7a: more options of the command that draws or sweeps, in one word, as --gpt-options."""
 
 
+def reads(name: str, option: str, scale: str) -> bool:
+    """Whether an experiment reads an option that its scale has."""
+    about, special = EXPERIMENTS[name], {option for each in EXPERIMENTS.values() for option in each.options}
+    if about.gathers and scale == "paper":
+        return option in OF_ROWS
+    return option in about.options or option not in special | about.unread
+
+
 def check(config: ReproduceConfig, names: tuple[str, ...]) -> None:
     """Raise UserError for an option that nothing would read, or two that exclude each other."""
     if not names:
         raise UserError(f"no table or figure was named: give some of {', '.join(EXPERIMENTS)}, or all.")
     if config.nproc and config.workers > 1:
         raise UserError(f"--nproc {config.nproc} with --workers {config.workers}: a worker has one GPU, leave one of them out.")
-    special = {option for each in EXPERIMENTS.values() for option in each.options}
-    for option in (field.name for field in fields(config)):
+    for option in (field.name for field in fields(config) if field.name not in OF_ALL):
         if (value := getattr(config, option)) in (None, "", ()):
             continue
         other, = (scale for scale in SCALES if scale != config.scale)
         if option in OF_SCALE[other]:
             raise UserError(f"{flag(option)} {value} is for --scale {other}: leave it out.")
-        readers = [name for name, each in EXPERIMENTS.items() if option in each.options or option not in special | each.unread]
+        readers = [name for name in EXPERIMENTS if reads(name, option, config.scale)]
         if not set(names) & set(readers):
             raise UserError(f"{flag(option)} {value} is read by {', '.join(readers)}, not by {', '.join(names)}: leave it out.")
 

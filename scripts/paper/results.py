@@ -82,8 +82,11 @@ class Experiment:
     """Options of the command line that only some experiments read, and this one does."""
     unread: frozenset[str]
     """Options that the others read, and this one does not."""
+    gathers: bool
+    """Whether at the paper's scale it does nothing but draw what tables have measured, which these options name: `OF_ROWS`."""
 
 
+OF_ROWS = ("image_size", "epochs", "seed")
 # What only a GPT's training reads.
 OF_GPTS = ("gpt_model", "image_size", "epochs", "gpt_options", "keep_every", "toy_seconds", "seed")
 Declaration = Callable[[Any], Result]
@@ -91,10 +94,12 @@ EXPERIMENTS: dict[str, Experiment] = {}
 
 
 def experiment(model: str = "GPT-B", image_size: int = 384, epochs: float = 100,
-               options: Iterable[str] = (), unread: Iterable[str] = ()) -> Callable[[Declaration], Declaration]:
+               options: Iterable[str] = (),
+               unread: Iterable[str] = (), gathers: bool = False) -> Callable[[Declaration], Declaration]:
     """Add a declaration to `EXPERIMENTS` under its function's name; see `Experiment`."""
     def add(declare: Declaration) -> Declaration:
-        EXPERIMENTS[declare.__name__] = Experiment(declare, model, image_size, epochs, frozenset(options), frozenset(unread))
+        EXPERIMENTS[declare.__name__] = Experiment(declare, model, image_size, epochs, frozenset(options),
+                                                  frozenset(unread), gathers)
         return declare
     return add
 
