@@ -201,23 +201,26 @@ def test_toy_gpts_have_equal_time(tmp_path):
 
 def test_a_rate_is_measured_by_a_training(tmp_path):
     """The log of the short run must hold what the lab reads from it; measured once, it is not measured again."""
-    write_codes(tmp_path / "codes")
-    lab = lab_of("table5", tmp_path / "out", "toy")
-    words = ("autoregressive/train/train_c2i.py", "--gpt-model", "GPT-tiny", "--image-size", 64, "--code-path",
-             tmp_path / "codes", "--num-classes", 3, "--global-batch-size", 8, "--num-workers", 0, "--device", "cpu",
-             "--data-parallel", "none")
-    assert lab.rate(lab.dual, words, ()) is None
+    lab = lab_of("table5", tmp_path, "toy")
+    options = ("--image-size", 64, "--downsample-size", 16, "--num-classes", 3, "--global-batch-size", 8, "--device", "cpu")
+    assert lab.rate(lab.dual, options) is None
     step, = lab.wanted
+    for each in in_order([step])[:-1]:
+        finish(each, "nothing", "")
+    write_codes(lab.codes(lab.dual).step.path("codes"))
     Runner().run([step])
-    rate = lab.rate(lab.dual, words, ())
+    rate = lab.rate(lab.dual, options)
     assert rate == json.loads(step.path("run/metrics.jsonl").read_text().splitlines()[-1])["images_per_second"] > 0
     step.path("run/metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="holds no rate: remove the folder"):
-        lab.rate(lab.dual, words, ())
+        lab.rate(lab.dual, options)
 
 
 def test_figure_7c_is_of_the_weights_that_were_kept(tmp_path):
     """How far a toy training comes is known after it; a training that has kept nothing must not end as an empty figure."""
+    lab = lab_of("figure7c", tmp_path, "toy")
+    reproduce.declare(lab)
+    assert {step.kind for step in lab.wanted} == {"rate"}  # the trainings, whose lengths follow from them, come later
     lab = lab_of("figure7c", tmp_path, "paper", "--epochs", "120")
     assert [row.name for row in reproduce.declare(lab).rows] == [f"{name}-{epoch}" for name in ("llamagen", "iar2")
                                                                  for epoch in ("0050", "0100")]

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from scripts.paper.results import Figures, Row, spelled
 from scripts.paper.scales import TOY, TOY_BATCH, Scale
-from scripts.paper.steps import Made, Own, Step, Word
+from scripts.paper.steps import Made, Own, Step, Word, in_order
 from utils.config import UserError
 
 T = TypeVar("T")
@@ -140,7 +140,8 @@ class Lab:
         """What a step has made, or None, noting the step, where it is not done."""
         if step.done:
             return read(step)
-        self.wanted.append(step)
+        if not any(MEASURED in each.words for each in in_order([step])):  # otherwise something else comes first
+            self.wanted.append(step)
         return None
 
     def step(self, kind: str, label: str, *words: Word, parallel: bool = False, alone: bool = False) -> Step:
@@ -228,32 +229,34 @@ class Lab:
 
         time_of: train it as long as `epochs` take with these options instead (paper's scale; at toy scale all have `seconds`).
         """
-        def training(options: Words) -> Words:
-            size: Words = () if self.toy else ("--image-size", self.image_size)
-            return (TRAIN_C2I, "--gpt-model", self.model, *size, "--code-path", self.codes(tokenizer), *self.scale.gpt,
-                    "--keep-every", f"{self.keep_every:g}", *self.gpt_options, *options)
+        length = self.length(tokenizer, options, time_of)
+        shown = MEASURED if length is None else f"{length:.9g}"
+        variant = self.variant if self.toy or length is None else dataclasses.replace(self, epochs=length).variant
+        return self.step("gpt", "-".join(filter(None, (tokenizer.label, spelled(options), variant))),
+                         *self.training(tokenizer, options), "--steps" if self.toy else "--epochs", shown, "--seed", self.seed,
+                         "--run-dir", Own("run"), parallel=True)
 
-        lab, length = self, ("--epochs", f"{self.epochs:g}")
+    def training(self, tokenizer: Step, options: Words) -> Words:
+        """A GPT's training, but for its length, seed and folder."""
+        size: Words = () if self.toy else ("--image-size", self.image_size)
+        return (TRAIN_C2I, "--gpt-model", self.model, *size, "--code-path", self.codes(tokenizer), *self.scale.gpt,
+                "--keep-every", f"{self.keep_every:g}", *self.gpt_options, *options)
+
+    def length(self, tokenizer: Step, options: Words, time_of: Words | None) -> float | None:
+        """Steps (toy) or epochs of a training, see `gpt`; None where a rate that decides is not measured yet."""
         if self.toy:
-            rate = self.rate(tokenizer, training(options), options)
-            steps = MEASURED if rate is None else max(int(self.seconds * rate / TOY_BATCH), LEAST_STEPS)
-            length = ("--steps", str(steps))
-        elif time_of not in (None, options):
-            rates = [self.rate(tokenizer, training(each), each) for each in (options, time_of)]
-            if rates[0] is None or rates[1] is None:
-                length = ("--epochs", MEASURED)
-            else:
-                lab = dataclasses.replace(self, epochs=round(self.epochs * rates[0] / rates[1], 1))
-                length = ("--epochs", f"{lab.epochs:g}")
-        return self.step("gpt", "-".join(filter(None, (tokenizer.label, spelled(options), lab.variant))), *training(options),
-                         *length, "--seed", self.seed, "--run-dir", Own("run"), parallel=True)
+            rate = self.rate(tokenizer, options)
+            return None if rate is None else max(int(self.seconds * rate / TOY_BATCH), LEAST_STEPS)
+        if time_of in (None, options):
+            return self.epochs
+        own, reference = self.rate(tokenizer, options), self.rate(tokenizer, time_of or ())
+        return None if own is None or reference is None else round(self.epochs * own / reference, 1)
 
-    def rate(self, tokenizer: Step, training: Words, options: Words) -> float | None:
+    def rate(self, tokenizer: Step, options: Words) -> float | None:
         """Images per second of a training, by a short run beside which nothing else runs; None: not measured yet."""
         label = "-".join(filter(None, (tokenizer.label, spelled(options), self.model)))
-        step = self.step("rate", label, *training, "--steps", 20, "--log-every", 10, "--run-dir", Own("run"), parallel=True,
-                         alone=True)
-        return self.known(step, last_rate)
+        return self.known(self.step("rate", label, *self.training(tokenizer, options), "--steps", 20, "--log-every", 10,
+                                    "--run-dir", Own("run"), parallel=True, alone=True), last_rate)
 
     def snapshots(self, system: System) -> list[str]:
         """The epochs, as in the names of their folders, whose weights a training has kept; before it those that are expected."""

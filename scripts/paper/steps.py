@@ -260,7 +260,7 @@ class _Schedule:
 def last_line(step: Step) -> str:
     """What a command said last."""
     text = step.path("output.txt").read_text(errors="replace").replace("\r", "\n")
-    return next((line for line in reversed(text.splitlines()) if line.strip()), "nothing")
+    return next((line for line in reversed(text.splitlines()) if any(map(str.isalnum, line))), "nothing")  # no frames
 
 
 def spoken(seconds: float) -> str:
