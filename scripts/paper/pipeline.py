@@ -146,7 +146,7 @@ class Lab:
 
     def step(self, kind: str, label: str, *words: Word, parallel: bool = False, alone: bool = False) -> Step:
         """A step; parallel: whether all GPUs may work on it."""
-        return Step(self.root, kind, label, words, parallel and self.scale.processes, alone)
+        return Step(self.root, kind, label[:180], words, parallel and self.scale.processes, alone)
 
     # Images and tokenizers.
 
@@ -289,10 +289,10 @@ class Lab:
         guidance = system.guidance if guidance is None else guidance
         fine = [("--fine-ckpt", Made(stage.gpt, "run")) for stage in system.stages[1:]]
         gpt = system.stages[0].gpt.label + system.weights.removeprefix("run").replace("/snapshots/", "-")
-        return self.step("samples", "-".join(filter(None, (gpt, spelled(guidance)))), "autoregressive/sample/sample_c2i_ddp.py",
-                         "--gpt-ckpt", system.checkpoint, "--vq-ckpt", system.decoder, *self.scale.sample, "--seed", self.seed,
-                         *(word for words in fine for word in words), *guidance, *system.sampling, "--out", Own("samples.npz"),
-                         parallel=True)
+        label = "-".join(filter(None, (gpt, spelled((*guidance, *system.sampling)))))
+        return self.step("samples", label, "autoregressive/sample/sample_c2i_ddp.py", "--gpt-ckpt", system.checkpoint, "--vq-ckpt",
+                         system.decoder, *self.scale.sample, "--seed", self.seed, *(word for words in fine for word in words),
+                         *guidance, *system.sampling, "--out", Own("samples.npz"), parallel=True)
 
     def judged(self, samples: Step) -> Figures:
         """ADM's five numbers, or at toy scale those of a small classifier."""

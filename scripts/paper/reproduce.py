@@ -117,10 +117,19 @@ def check(config: ReproduceConfig, names: tuple[str, ...]) -> None:
             raise UserError(f"{flag(option)} {value} is read by {', '.join(readers)}, not by {', '.join(names)}: leave it out.")
 
 
+def words(text: str, option: str) -> tuple[str, ...]:
+    """Options in one word of the command line, as a shell would split it; raises UserError for an open quote."""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise UserError(f"{option} {text!r} cannot be split into words ({error}): close its quotes.") from error
+
+
 def make_lab(config: ReproduceConfig, name: str) -> Lab:
     """The lab of one experiment; raises UserError for a path that does not exist."""
     scale, about, toy = SCALES[config.scale], EXPERIMENTS[name], config.scale == "toy"
-    model = config.gpt_model or about.model
+    model, classifier = config.gpt_model or about.model, config.classifier or "convnext_large.fb_in22k_ft_in1k"
+    classifier = str(Path(classifier).absolute()) if Path(classifier).exists() else classifier
     paths = {"data_path": "ImageNet's train folder", "val_path": "ImageNet's val folder", "reference": "ADM's reference npz"}
     given = {}
     for option, what in paths.items():
@@ -129,13 +138,15 @@ def make_lab(config: ReproduceConfig, name: str) -> Lab:
         if path and not config.dry:
             check_exists(path, flag(option), what)
     return Lab(
-        name, scale, config.out.absolute() if config.out else REPOSITORY / scale.out, model.removeprefix("GPT-"),
-        config.image_size or about.image_size, config.epochs or about.epochs, "GPT-tiny" if toy else model, config.seed or 0,
-        config.toy_seconds or 45, scale.keep_every if config.keep_every is None else config.keep_every,
-        config.tokenizer_steps or config.tokenizer_epochs or scale.tokenizer_length, tuple(shlex.split(config.gpt_options)),
-        given["data_path"] or scale.train, given["val_path"] or scale.validation, given["reference"], config.models,
-        config.window_size or 5, config.classifier or "convnext_large.fb_in22k_ft_in1k",
-        tuple(shlex.split(config.drawing_options)))
+        name=name, scale=scale, root=config.out.absolute() if config.out else REPOSITORY / scale.out,
+        row_size=model.removeprefix("GPT-"), image_size=config.image_size or about.image_size,
+        epochs=config.epochs or about.epochs, model="GPT-tiny" if toy else model, seed=config.seed or 0,
+        seconds=config.toy_seconds or 45, keep_every=scale.keep_every if config.keep_every is None else config.keep_every,
+        tokenizer_length=config.tokenizer_steps or config.tokenizer_epochs or scale.tokenizer_length,
+        gpt_options=words(config.gpt_options, "--gpt-options"), train_path=given["data_path"] or scale.train,
+        val_path=given["val_path"] or scale.validation, reference_path=given["reference"], models=config.models,
+        window_size=config.window_size or 5, classifier=classifier,
+        drawing_options=words(config.drawing_options, "--drawing-options"))
 
 
 def declare(lab: Lab) -> Result:

@@ -104,7 +104,7 @@ def experiment(model: str = "GPT-B", image_size: int = 384, epochs: float = 100,
     return add
 
 
-def spelled(words: Iterable[Any], limit: int = 120) -> str:
-    """Words of a command as a part of a folder's name: at most `limit` characters, no place where a file lies."""
+def spelled(words: Iterable[Any]) -> str:
+    """Words of a command as a part of a folder's name, without the place where a file lies."""
     texts = (word.step.label if isinstance(word, Made) else str(word).lstrip("-") for word in words)
-    return re.sub(r"[^\w.+-]+", "_", "-".join(texts))[:limit]
+    return re.sub(r"[^\w.+-]+", "_", "-".join(texts))
