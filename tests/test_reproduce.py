@@ -108,7 +108,7 @@ def test_what_tables_share_is_one_step(steps):
     commands: dict[Path, set[tuple[str, ...]]] = {}
     for step in (step for found in steps.values() for step in found):
         commands.setdefault(step.folder, set()).add(tuple(step.command()))
-    assert all(len(found) == 1 for found in commands.values())
+    assert all(len(found) == 1 and len(folder.name) < 200 for folder, found in commands.items())
     trained = [step.folder for name in ("table4", "table6", "table7") for step in steps[name, "paper"] if step.kind == "gpt"]
     assert (len(trained), len(set(trained))) == (10, 8)  # tables 4 and 7 share those without context, of two codebooks
 

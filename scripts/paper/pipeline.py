@@ -290,9 +290,9 @@ class Lab:
         fine = [("--fine-ckpt", Made(stage.gpt, "run")) for stage in system.stages[1:]]
         gpt = system.stages[0].gpt.label + system.weights.removeprefix("run").replace("/snapshots/", "-")
         label = "-".join(filter(None, (gpt, spelled((*guidance, *system.sampling)))))
-        return self.step("samples", label, "autoregressive/sample/sample_c2i_ddp.py", "--gpt-ckpt", system.checkpoint, "--vq-ckpt",
-                         system.decoder, *self.scale.sample, "--seed", self.seed, *(word for words in fine for word in words),
-                         *guidance, *system.sampling, "--out", Own("samples.npz"), parallel=True)
+        return self.step("samples", label, "autoregressive/sample/sample_c2i_ddp.py", "--gpt-ckpt", system.checkpoint,
+                         "--vq-ckpt", system.decoder, *self.scale.sample, "--seed", self.seed,
+                         *(word for words in fine for word in words), *guidance, *system.sampling, "--out", Own("samples.npz"), parallel=True)
 
     def judged(self, samples: Step) -> Figures:
         """ADM's five numbers, or at toy scale those of a small classifier."""
