@@ -264,7 +264,8 @@ def test_results_are_those_of_this_call(tmp_path, capsys):
     ("table13 figure3 --seed 1 --scale toy", "not by table13, figure3"),
     ("table4 --models GPT-B", "--models ('GPT-B',) is read by figure7a, figure8, not by table4"),
     ("table5 --nproc 2 --workers 2", "leave one of them out"),
-    ("table5 --gpt-options=--lr='", "close its quotes"), ("table5", "--data-path is missing"), ("figure3 --data-path .", "--val-path is missing"),
+    ("table5 --gpt-options=--lr='", "close its quotes"),
+    ("table5", "--data-path is missing"), ("figure3 --data-path .", "--val-path is missing"),
     ("table5 --data-path nowhere", "does not exist"), ("", "no table or figure was named")])
 def test_what_nothing_reads_is_refused(words, sentence, capsys, tmp_path):
     """A typed option that changes nothing is believed to have been followed."""

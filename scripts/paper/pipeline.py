@@ -292,7 +292,8 @@ class Lab:
         label = "-".join(filter(None, (gpt, spelled((*guidance, *system.sampling)))))
         return self.step("samples", label, "autoregressive/sample/sample_c2i_ddp.py", "--gpt-ckpt", system.checkpoint,
                          "--vq-ckpt", system.decoder, *self.scale.sample, "--seed", self.seed,
-                         *(word for words in fine for word in words), *guidance, *system.sampling, "--out", Own("samples.npz"), parallel=True)
+                         *(word for words in fine for word in words), *guidance, *system.sampling,
+                         "--out", Own("samples.npz"), parallel=True)
 
     def judged(self, samples: Step) -> Figures:
         """ADM's five numbers, or at toy scale those of a small classifier."""
