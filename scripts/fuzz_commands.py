@@ -18,6 +18,7 @@ from scripts import quickstart_report, released_weights
 from scripts.paper import plot_figures, plot_losses, sweep_c2i, table
 from tokenizer.tokenizer_image import code_distance, rearrange, reconstruction_vq_ddp, vq_train
 from tokenizer.validation import val_ddp
+from utils.files import write_json
 
 CPU = "--device cpu"
 
@@ -61,6 +62,12 @@ def evaluate_few_features() -> None:
     with patch.object(evaluation_file, "STATISTICS", FEW), patch.multiple(
             features, POOL_FEATURES=64, CLASSES=8, load_inception=lambda path, device: (FewFeatures(), "0" * 64)):
         evaluator.main()
+
+
+def gather_row() -> None:
+    """A table's row of a file of figures."""
+    figures, row = map(Path, sys.argv[1:])
+    write_json(row, table.gather([(figures, (), "")]))
 
 
 GPT_WORDS = ("--gpt-model GPT-tiny --codebook-sizes 8 16 --image-size 32 --downsample-size 8 --num-classes 3 "
@@ -129,9 +136,9 @@ COMMANDS: dict[str, Command] = {
                          ("{out}/x.json",), evaluator.EvaluatorConfig, copied=("samples",)),
     "evaluator files": Command(print_evaluation_file, "{statistics} {samples}", ("{out}/stdout",)),
     "losses": Command(plot_losses.main, "{run} --out {out}/x.png", ("{out}/x.json",), plot_losses.PlotConfig),
-    "table": Command(table.main, "merge {figures} --folder {out} --name row", ("{out}/row.json",), table.TableConfig),
-    "table shown": Command(table.main, "show --folder {rows} --table 3 --rows iar2-0100 iar2-0200", ("{rows}/table3.md",),
-                           copied=("rows",)),
+    "row": Command(gather_row, "{figures} {out}/row.json", ("{out}/row.json",)),
+    "table": Command(table.main, "--folder {rows} --table 3 --rows iar2-0100 iar2-0200", ("{rows}/table3.md",), table.TableConfig,
+                     copied=("rows",)),
     "figure": Command(plot_figures.main, "7c --folders {rows} --out {out}/x.png", ("{out}/x.json", "{out}/x.png"),
                       plot_figures.FigureConfig),
     "report": Command(quickstart_report.main, "--folder {report}",
@@ -145,7 +152,7 @@ READERS = {
     "images_npz": ("extract npz", "classifier"), "tokenizer": ("extract", "reconstruct", "sample"),
     "gpt": ("evaluate", "sample", "grid", "export"), "classifier": ("judge", "reject", "vq train"), "single": ("rearrange",),
     "code_map": ("train mapped",), "mapping": ("mapping",), "run": ("resume", "evaluate checkpoint", "losses"),
-    "samples": ("judge", "evaluator files"), "statistics": ("evaluator files",), "released": ("import",), "figures": ("table",),
+    "samples": ("judge", "evaluator files"), "statistics": ("evaluator files",), "released": ("import",), "figures": ("row",),
 }
 
 

@@ -25,7 +25,7 @@ ROWS = {
 
 
 def gather(folder, rows):
-    """Rows as table.py merge leaves them."""
+    """Rows as reproduce.py leaves them."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, figures in rows.items():
         (folder / f"{name}.json").write_text(json.dumps(figures))
@@ -117,8 +117,8 @@ def test_missing_figures_are_one_sentence(tmp_path, capsys):
     """Whoever draws before measuring is told what to run."""
     out = ("--out", tmp_path / "figure.png")
     other = gather(tmp_path / "other", {"GPT-B-2.0": {"precision": 0.8}})
-    assert "run figure7a.sh" in refused(capsys, "7a", "--folders", other, *out)
-    assert "hold none of fid, inception_score for figure 7c: run figure7c.sh" in refused(capsys, "7c", *out)
+    assert "run reproduce.py figure7a" in refused(capsys, "7a", "--folders", other, *out)
+    assert "hold none of fid, inception_score for figure 7c: run reproduce.py figure7c" in refused(capsys, "7c", *out)
     assert "hold none of frechet for figure 1" in refused(capsys, "1", "--toy", "toys", *out)
     assert "none holds no gathered figures" in refused(capsys, "4", "--folders", tmp_path / "none", *out)
     assert "has no number at its end" in refused(capsys, "7a", "--folders", gather(tmp_path / "x", {"iar2": {"fid": 1}}), *out)
@@ -144,20 +144,19 @@ def test_systems_differ_by_colour_and_marker_and_kinds_by_filling():
 def test_tables_show_published_rows_that_were_not_measured(tmp_path, capsys):
     """Table 2 is read beside the other systems; a row that was asked for must have been measured."""
     gather(tmp_path, {"iar2-XXL": {"fid": 2.5}})
-    call(table.main, "show", "--folder", tmp_path, "--table", "2", "--rows", "iar2-XXL", "--all-published")
+    call(table.main, "--folder", tmp_path, "--table", "2", "--rows", "iar2-XXL", "--all-published")
     lines = capsys.readouterr().out.splitlines()
     assert "| CDM |  | 4.88 | 158.7 |  |  |  |" in lines and "| IAR2-XXL | 1500 | 1.76 | 279.5 | 0.8 | 0.62 | 2.50 |" in lines
     labels = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]
     assert labels[1:] == [row["label"] for row in table.read_published("2")["rows"].values()]
     with pytest.raises(SystemExit):
-        call(table.main, "show", "--folder", tmp_path, "--table", "2", "--rows", "iar2-B", "--all-published")
+        call(table.main, "--folder", tmp_path, "--table", "2", "--rows", "iar2-B", "--all-published")
     assert "iar2-B has no figures" in capsys.readouterr().err
 
 
-def test_parameters_of_a_gpt_are_counted(models, tmp_path):
+def test_parameters_of_a_gpt_are_counted(models):
     """The x axis of toy figures: all weights of the exported file, in millions."""
-    call(table.main, "merge", "--gpt-ckpt", models[0], "--folder", tmp_path, "--name", "iar2-tiny")
-    counted = json.loads((tmp_path / "iar2-tiny.json").read_text())["parameters"]
+    counted = table.gather([], models[0])["parameters"]
     assert counted == pytest.approx(sum(p.numel() for p in load_gpt(models[0]).parameters()) / 1e6)
 
 

@@ -31,7 +31,7 @@ from utils.classifier import ClassifierConfig, SmallClassifier
 from utils.code_map import load_code_map
 from utils.code_shards import CodeDataset, CodeHeader
 from utils.code_writer import CodeWriter
-from utils.config import parse
+from utils.config import UserError, parse
 from utils.distributed import setup
 
 
@@ -262,19 +262,19 @@ def test_product_quantizer_has_no_residual():
 
 def test_tables_show_measured_beside_published(tmp_path, capsys):
     """A table is read in the paper's own form: labels and published values, then mean and spread over seeds."""
+    stages = [tmp_path / f"{stage}.json" for stage in ("coarse", "fine")]
+    for stage, bits in zip(stages, (10.0, 20.0)):
+        stage.write_text(json.dumps({"bits_per_image": bits, "steps": 7}))
     for seed, value in ((0, 4.0), (1, 6.0)):
-        (tmp_path / "raw.json").write_text(json.dumps({"a": {"b": {"frechet": value, "images": 9}}, "c": {"frechet": 99.0}}))
-        call(table.main, "merge", tmp_path / "raw.json", "--keys", "a", "b", "--folder", tmp_path, "--name",
-             f"alternating-seed{seed}")
-    for stage, bits in (("coarse", 10.0), ("fine", 20.0)):
-        (tmp_path / f"{stage}.json").write_text(json.dumps({"bits_per_image": bits, "steps": 7}))
-    for _ in range(2):  # merging again adds nothing
-        call(table.main, "merge", tmp_path / "coarse.json", tmp_path / "fine.json", "--folder", tmp_path, "--name",
-             "alternating-seed0")
-    call(table.main, "show", "--folder", tmp_path, "--table", "5", "--rows", "alternating")
+        raw = tmp_path / "raw.json"
+        raw.write_text(json.dumps({"a": {"b": {"frechet": value, "images": 9}}, "c": {"frechet": 99.0}}))
+        files = [(raw, ("a", "b"), ""), *((stage, (), "") for stage in stages if seed == 0)]
+        (tmp_path / f"alternating-seed{seed}.json").write_text(json.dumps(table.gather(files)))
+    call(table.main, "--folder", tmp_path, "--table", "5", "--rows", "alternating")
     shown = capsys.readouterr().out
     assert "| alternating | 7.22 | 173.17 | 0.85 | 0.37 | 14 | 30.0 | 5.00 ± 1.41 |" in shown
     assert shown.strip() == (tmp_path / "table5.md").read_text().strip()
     (tmp_path / "half.json").write_text('{"frechet": ')
-    assert "is no JSON" in refused(capsys, table.main, "merge", tmp_path / "half.json", "--folder", tmp_path, "--name", "x")
-    assert "no figures" in refused(capsys, table.main, "show", "--folder", tmp_path, "--table", "5", "--rows", "grouped")
+    with pytest.raises(UserError, match="is no JSON"):
+        table.gather([(tmp_path / "half.json", (), "")])
+    assert "no figures" in refused(capsys, table.main, "--folder", tmp_path, "--table", "5", "--rows", "grouped")

@@ -1,4 +1,4 @@
-"""Figures 1, 4 and 7 of the paper: measured points, gathered by table.py, beside those that are published.
+"""Figures 1, 4 and 7 of the paper: measured points, gathered by reproduce.py, beside those that are published.
 
     python scripts/paper/plot_figures.py 7c --folders F... --out runs/paper/figure7c.png
 
@@ -78,7 +78,7 @@ class FigureConfig:
     out: Path
     """Picture to write (png, pdf or svg); its points go beside it as JSON."""
     folders: tuple[Path, ...] = ()
-    """Folders of gathered figures (table.py merge)."""
+    """Folders of gathered figures (reproduce.py)."""
     toy: str = ""
     """What was measured at toy scale, a note under the picture; measured points then have axes of their own.
     Empty: full scale."""
@@ -99,7 +99,7 @@ def number(text: str, row: str) -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise UserError(f"row {row!r} in --folders has no number at its end: give folders of this figure's script.") from error
+        raise UserError(f"row {row!r} in --folders has no number at its end: give the folders of this figure.") from error
 
 
 def place(figure: str, row: str, about: dict[str, Any]) -> tuple[str, float | None] | None:
@@ -140,7 +140,7 @@ def measured_points(figure: str, folders: tuple[Path, ...]) -> list[Point]:
     for folder in folders:
         paths = sorted(folder.glob("*.json"))
         if not paths:
-            raise UserError(f"--folders {folder} holds no gathered figures: run the script of the figure first.")
+            raise UserError(f"--folders {folder} holds no gathered figures: run reproduce.py with the name of the figure first.")
         for path in paths:
             row = read_json(path, "--folders", "the row")
             figures = {name: value for name, value in row.items() if name in COLUMNS and math.isfinite(value)}
@@ -181,15 +181,14 @@ def panels(config: FigureConfig, published: list[Point], measured: list[Point]) 
     return [Panel(title, spec.x, METRICS[metric], each, spec.log_x, spec.log_y) for title, metric, each in drawn if each]
 
 
-def main() -> None:
-    """Gather the points, draw them, write picture and points."""
-    config = parse(FigureConfig)
+def print_figure(config: FigureConfig) -> None:
+    """Gather the points, draw them, write picture and points, print how many there are."""
     spec = FIGURES[config.figure]
     published, measured = published_points(config.figure), measured_points(config.figure, config.folders)
     wanted = spec.toy_metrics if config.toy else spec.metrics
     if (config.toy or not spec.alone) and not any(metric in point.figures for point in measured for metric in wanted):
         raise UserError(f"--folders hold none of {', '.join(wanted)} for figure {config.figure}: "
-                        f"run figure{config.figure}.sh, which measures them.")
+                        f"run reproduce.py figure{config.figure}, which measures them.")
     check_picture(config.out)
     found = panels(config, published, measured)
     points = {"figure": config.figure, "note": config.toy, "panels": [asdict(panel) for panel in found]}
@@ -197,6 +196,11 @@ def main() -> None:
     write_picture(draw(found, config.toy, size), config.out, points)
     for panel in found:
         print(f"{panel.y}: " + "; ".join(f"{curve.label} {len(curve.y)}" for curve in panel.curves) + " points")
+
+
+def main() -> None:
+    """Parse options, draw the figure."""
+    print_figure(parse(FigureConfig))
 
 
 if __name__ == "__main__":

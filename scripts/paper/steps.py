@@ -159,13 +159,17 @@ class Runner:
         everything = in_order(steps)
         waiting = [step for step in everything if not step.done]
         if self.dry:
-            for step in waiting:
-                if step.folder not in self.printed:
-                    print(shlex.join(step.command()))
-                    self.printed.add(step.folder)
+            self.print_commands(waiting)
             return
         times = {step.folder: (step.kind, step.seconds) for step in everything if step.done}
         _Schedule(self, waiting, len(everything), times).run()
+
+    def print_commands(self, steps: list[Step]) -> None:
+        """Print the commands, in the calls of one runner each once."""
+        for step in steps:
+            if step.folder not in self.printed:
+                print(shlex.join(step.command()))
+                self.printed.add(step.folder)
 
     def environment(self, worker: int) -> dict[str, str]:
         """What a worker's commands may use: its GPU, or its share of the threads."""
@@ -256,7 +260,7 @@ class _Schedule:
 def last_line(step: Step) -> str:
     """What a command said last."""
     text = step.path("output.txt").read_text(errors="replace").replace("\r", "\n")
-    return next((line for line in reversed(text.splitlines()) if line.strip()), "nothing")
+    return next((line for line in reversed(text.splitlines()) if any(map(str.isalnum, line))), "nothing")  # no frames
 
 
 def spoken(seconds: float) -> str:

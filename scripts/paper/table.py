@@ -1,12 +1,10 @@
-"""Tables of the paper: gather measured figures, and print them beside the published ones.
+"""Tables of the paper: measured figures beside the published ones.
 
-    python scripts/paper/table.py merge FILE... --folder F --name ROW      add a JSON file's figures to F/ROW.json
-    python scripts/paper/table.py merge --gpt-ckpt G --folder F --name ROW add a GPT's number of parameters, in millions
-    python scripts/paper/table.py show --folder F --table 5 --rows ROW...  the table in Markdown, kept as F/table5.md
+    python scripts/paper/table.py --folder F --table 5 --rows ROW...       the table in Markdown, kept as F/table5.md
 
-Figures of a row that was run with several seeds are in ROW-seed0.json, ROW-seed1.json, ...; the table shows mean ± standard
-deviation.  The published figures, in published.json, are of ImageNet at full scale.  Toy figures beside them only show that a
-row runs.
+reproduce.py leaves a row's figures in F/ROW.json; those of a row that was run with several seeds are in ROW-seed0.json,
+ROW-seed1.json, ...; the table shows mean ± standard deviation.  The published figures, in published.json, are of ImageNet at
+full scale.  Toy figures beside them only show that a row runs.
 """
 
 import json
@@ -14,15 +12,13 @@ import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its path
 
-import tyro
-
 from utils.checkpoint import read_export
-from utils.config import UserError, choices, parse, run_main
-from utils.files import check_writable, read_json, write_json, write_text
+from utils.config import UserError, parse, run_main
+from utils.files import read_json, write_text
 
 PUBLISHED = Path(__file__).with_name("published.json")
 # Measured figures in the order of the columns, with their digits.
@@ -30,68 +26,57 @@ COLUMNS = {"fid": 2, "sfid": 2, "inception_score": 1, "precision": 3, "recall": 
            "usage_semantic": 3, "usage_detail": 3, "usage_token": 3, "steps": 0, "bits_per_image": 1, "frechet": 2,
            "class_accuracy": 3, "images_per_second": 1, "parameters": 2}
 PARAMETERS = "parameters in millions"
+ADDED = ("bits_per_image", "steps")  # of the stages of one system
 
 
 @dataclass
 class TableConfig:
     """Options of the tables."""
 
-    task: tyro.conf.Positional[Annotated[str, choices(("merge", "show"))]]
-    """Gather figures, or print a table."""
-    files: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """merge: JSON files."""
+    table: str
+    """Key of published.json."""
+    rows: tuple[str, ...]
+    """Rows in order; each must have been measured."""
     folder: Path = Path("runs/paper/figures")
     """Folder of the gathered figures."""
-    name: str = ""
-    """merge: the row."""
-    keys: tuple[str, ...] = ()
-    """merge: keys that lead to the figures in the files' nested objects, outermost first."""
-    prefix: str = ""
-    """merge: put before the figures' names (r turns fid into rfid)."""
-    gpt_ckpt: Path | None = None
-    """merge: GPT whose parameters are counted."""
-    table: str = ""
-    """show: key of published.json."""
-    rows: tuple[str, ...] = ()
-    """show: rows in order; each must have been measured."""
     all_published: bool = False
-    """show: also the table's other rows that have published figures, all in the table's order."""
+    """Also the table's other rows that have published figures, all in the table's order."""
     note: str = ""
-    """show: a sentence under the title."""
+    """A sentence under the title."""
 
 
-def merge(config: TableConfig) -> None:
-    """Add figures to a row; bits and training steps of several files, the stages of one system, add up."""
-    path = check_writable(config.folder, "--folder") / f"{config.name}.json"
-    row, added = read_json(path, "--name", "the row") if path.exists() else {}, {"bits_per_image": 0.0, "steps": 0}
-    for file in config.files:
+def gather(files: list[tuple[Path, tuple[str, ...], str]], gpt_ckpt: Path | None = None) -> dict[str, float]:
+    """The figures of a row by name: those of `COLUMNS`, of several JSON files.
+
+    files: path, keys that lead to the figures in the file's nested objects, outermost first, and what is put before their names
+    (r turns fid into rfid).  gpt_ckpt: a GPT whose parameters are counted, in millions.  Bits and training steps of several
+    files, the stages of one system, add up; of another figure the last file's is taken.
+    """
+    row: dict[str, float] = {}
+    for file, keys, prefix in files:
         found = read_json(file, "FILE", "a JSON file of figures")
-        for key in config.keys:
+        for key in keys:
             if not isinstance(found, dict) or key not in found:
-                raise UserError(f"--keys {key} leads nowhere in {file}: give keys of its nested objects, outermost first.")
+                raise UserError(f"key {key} leads nowhere in {file}: make the file again.")
             found = found[key]
         if not isinstance(found, dict):
             raise UserError(f"FILE {file} holds no figures by name: make it again.")
-        for name, value in found.items():
-            name = config.prefix + name
-            if name in added and not isinstance(value, (int, float)):
+        for name, value in ((prefix + name, value) for name, value in found.items()):
+            if name in ADDED and not isinstance(value, (int, float)):
                 raise UserError(f"FILE {file} has {name} that is no number: make it again.")
-            if name in added:
-                added[name] += value
-                row[name] = added[name]
-            elif name in COLUMNS and isinstance(value, (int, float)):
-                row[name] = value
-    if config.gpt_ckpt:
-        row["parameters"] = sum(tensor.numel() for tensor in read_export(config.gpt_ckpt, "gpt", "--gpt-ckpt")[1].values()) / 1e6
-    write_json(path, row)
+            if name in COLUMNS and isinstance(value, (int, float)):
+                row[name] = value + (row.get(name, 0) if name in ADDED else 0)
+    if gpt_ckpt:
+        row["parameters"] = sum(tensor.numel() for tensor in read_export(gpt_ckpt, "gpt", "--gpt-ckpt")[1].values()) / 1e6
+    return row
 
 
 def read_row(folder: Path, row: str) -> dict[str, list[float]]:
     """Every figure of a row, one value a seed."""
     paths = [path for path in (folder / f"{row}.json", *sorted(folder.glob(f"{row}-seed*.json"))) if path.exists()]
     if not paths:
-        raise UserError(f"--rows {row} has no figures in {folder}: run the script that makes them.")
-    seeds = [json.loads(path.read_text()) for path in paths]
+        raise UserError(f"--rows {row} has no figures in {folder}: run reproduce.py with the name of the table.")
+    seeds = [read_json(path, "--rows", "the row") for path in paths]
     return {name: [seed[name] for seed in seeds if name in seed] for name in COLUMNS if any(name in seed for seed in seeds)}
 
 
@@ -139,15 +124,16 @@ def markdown(config: TableConfig) -> str:
     return f"**{source['title']}**\n{note}\n{markdown_table(head, rows)}"
 
 
-def main() -> None:
-    """Parse options, merge or show."""
-    config = parse(TableConfig)
-    if config.task == "merge":
-        merge(config)
-        return
+def print_table(config: TableConfig) -> None:
+    """Print the table, and keep it beside its rows."""
     text = markdown(config)
     write_text(config.folder / f"table{config.table}.md", text)
     print(text)
+
+
+def main() -> None:
+    """Parse options, show the table."""
+    print_table(parse(TableConfig))
 
 
 if __name__ == "__main__":
