@@ -65,13 +65,15 @@ B = (
     IAR2,
 )
 
-# Beyond the paper: each is IAR2 with one change, judged by B.
+# Beyond the paper: each is IAR2 with one change, then what these suggest together; judged by B.
 BEYOND = (
     System("conditional", "an MLP instead of the head's layers", ("--paradigm", "conditional")),
     System("narrow-head", "head of half the width", (*HEAD, "--head-width", 64)),
     System("qk-norm", "QK-norm", (*HEAD, "--qk-norm")),
     System("random-order", "RAR's annealed random order", (*HEAD, "--order", "random", "--order-anneal", 0.5, 0.75)),
     System("muon", "Muon", (*HEAD, "--optimizer", "muon")),
+    System("conditional-muon", "MLP, QK-norm and Muon", ("--paradigm", "conditional", "--qk-norm", "--optimizer", "muon")),
+    System("narrow-muon", "narrow head, QK-norm and Muon", (*HEAD, "--head-width", 64, "--qk-norm", "--optimizer", "muon")),
 )
 
 # C. End to end, each with its own guidance.
