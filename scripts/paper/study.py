@@ -53,7 +53,7 @@ class StudyConfig:
     """VGG16's weights (torchvision's file) for LPIPS in part A; empty: a classifier's distance stands for it."""
     seeds: tuple[Seed, ...] = (0, 1, 2)
     """Seeds of B, C and the best row of beyond; the others use the first two."""
-    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
     """Learning rates among which short trainings choose, for each system."""
     beyond: str = ""
     """The row of part beyond that part C sets beside the paper's systems."""
