@@ -234,13 +234,13 @@ class Lab:
         variant = self.variant if self.toy or length is None else dataclasses.replace(self, epochs=length).variant
         return self.step("gpt", "-".join(filter(None, (tokenizer.label, spelled(options), variant))),
                          *self.training(tokenizer, options), "--steps" if self.toy else "--epochs", shown, "--seed", self.seed,
-                         "--run-dir", Own("run"), parallel=True)
+                         "--keep-every", f"{self.keep_every:g}", "--run-dir", Own("run"), parallel=True)
 
     def training(self, tokenizer: Step, options: Words) -> Words:
-        """A GPT's training, but for its length, seed and folder."""
+        """A GPT's training, but for its length, seed, what it keeps, and folder."""
         size: Words = () if self.toy else ("--image-size", self.image_size)
         return (TRAIN_C2I, "--gpt-model", self.model, *size, "--code-path", self.codes(tokenizer), *self.scale.gpt,
-                "--keep-every", f"{self.keep_every:g}", *self.gpt_options, *options)
+                *self.gpt_options, *options)
 
     def length(self, tokenizer: Step, options: Words, time_of: Words | None) -> float | None:
         """Steps (toy) or epochs of a training, see `gpt`; None where a rate that decides is not measured yet."""
