@@ -178,7 +178,7 @@ class CodeDataset(Dataset[tuple[Tensor, Tensor]]):
         epochs, indices = np.array(items).T
         rows = self.rows[indices]
         # A counter-based hash instead of a generator per item: this runs for every image of every step.
-        crops = _mix(epochs + self.seed * 1_000_003, indices) % self.ends[-1]
+        crops = mixed(epochs + self.seed * 1_000_003, indices) % self.ends[-1]
         codes = np.empty((len(rows), *self.codes[0].shape[2:]), np.int64)
         for part, end in zip(self.codes, self.ends):
             here = (crops >= end - part.shape[1]) & (crops < end)
@@ -188,7 +188,7 @@ class CodeDataset(Dataset[tuple[Tensor, Tensor]]):
         return torch.from_numpy(np.ascontiguousarray(codes)), torch.from_numpy(self.labels[rows])
 
 
-def _mix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def mixed(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser over a pair of integers, vectorised."""
     with np.errstate(over="ignore"):
         x = a.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + b.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)
