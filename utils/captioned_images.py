@@ -164,8 +164,17 @@ def _samples(tar: Path, option: str) -> Iterator[_Sample]:
                     key, places = here, {}
                 places.setdefault(f".{suffix.lower()}", (member.name, (member.offset_data, member.size)))
             yield from _sample(places)
+            _require_end(tar, archive.offset)
     except (tarfile.TarError, OSError, ValueError, EOFError, zlib.error) as error:
         raise UserError(f"{option} {printable(tar)} is no whole tar file ({shortened(error)}): make or copy it again.") from error
+
+
+def _require_end(tar: Path, offset: int) -> None:
+    """Raise ValueError unless the block of zeros that ends a tar is where its members end: tarfile takes a cut for an end."""
+    with tar.open("rb") as file:
+        file.seek(offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise ValueError(f"it ends or is damaged at byte {offset}")
 
 
 def _sample(places: dict[str, tuple[str, tuple[int, int]]]) -> Iterator[_Sample]:

@@ -12,7 +12,7 @@ import logging
 import re
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Annotated, Any, NamedTuple, Protocol
 
@@ -24,7 +24,7 @@ from torch.nn import functional
 from utils.captions import CLEANING
 from utils.checkpoint import fingerprint
 from utils.config import Count, Positive, UserError, choices, flag
-from utils.untrusted import printable, shortened
+from utils.untrusted import parse_json, printable, read_fields, shortened
 
 log = logging.getLogger("text")
 
@@ -204,6 +204,20 @@ class EncoderRecord:
     text_width: int
     text_length: int
     caption_cleaning: str
+
+    @property
+    def text(self) -> str:
+        """The record in one string, for a model to carry."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def of(cls, text: str, source: str) -> "EncoderRecord":
+        """A record from its string; raises UserError, naming `source`, for anything else."""
+        try:
+            found = parse_json(text)
+        except ValueError:
+            found = None
+        return cls(**read_fields(cls, found, f"{source}: its text encoder"))
 
 
 @dataclass

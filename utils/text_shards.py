@@ -1,4 +1,4 @@
-"""Features of captions on disk: one memory-mapped array per data set, beside its codes.
+"""Features of captions on disk: one memory-mapped array per data set, beside its codes (`CODES/text`).
 
 A folder holds `features.npy`, the bits of bf16 as uint16 [tokens, E]: the tokens of all captions follow each other without
 padding; `lengths.npy` (int64 [images, crops]), how many tokens each caption has, 0 for an empty one; `state.npy` (uint8 [images]:
@@ -6,6 +6,7 @@ padding; `lengths.npy` (int64 [images, crops]), how many tokens each caption has
 the one way to read a folder, and trusts none of its files.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from utils.shard_writer import ShardWriter
 from utils.shards import ShardHeader, complete_header, load_header, map_array, read_state, require_range
 from utils.text_encoders import Caption, EncoderRecord, left_padded
 
+TEXT = "text"  # folder of the features in that of the codes
 _OPTION = "--text-path"
 
 
@@ -134,32 +136,50 @@ class CaptionOptions:
     """Which captions a model is trained on."""
 
     text_path: Path | None = None
-    """Folder that extract_text.py wrote, of the images of --code-path."""
+    """Folder that extract_text.py wrote for the images of --code-path; left out: `text` in the folder of the codes."""
     short_captions: Probability = 0.3
-    """How often the short caption is drawn where the folder has one (LlamaGen: 0.3)."""
+    """How often the short caption is drawn where the features have one (LlamaGen: 0.3)."""
+
+
+def read_text_header(code_path: str | Path, text_path: str | Path | None = None, option: str = "--code-path") -> TextHeader:
+    """The header of the features that belong to codes; text_path: where they are if not in `text` of the folder of the codes.
+
+    Raises UserError, naming `option` or --text-path, where there are none.
+    """
+    return complete_header(TextHeader, *_place(code_path, text_path, option))
+
+
+def _place(code_path: str | Path, text_path: str | Path | None, option: str) -> tuple[Path, str]:
+    """The folder of features, and the option that names it."""
+    return (Path(code_path) / TEXT, option) if text_path is None else (Path(text_path), _OPTION)
 
 
 class CaptionedCodes(Dataset[tuple[Tensor, Caption, Tensor]]):
-    """Codes with the features of their captions; items are addressed as (epoch, index) batches.
+    """Codes with the features of their captions, like `CodeDataset`: items are addressed as (epoch, index) batches.
 
-    codes: a data set whose images without a caption are left out of it; text: folder of features of the same images;
-    short_captions: how often the short caption is drawn, from (seed, epoch, index) alone.
+    Images without a caption are left out.  Whether image i has its short caption in epoch e comes from (seed, e, i) alone.
     """
 
-    def __init__(self, codes: CodeDataset, text: str | Path, short_captions: float = 0.3, option: str = _OPTION) -> None:
-        """Raises UserError when the folder is damaged, or holds captions of other images than the codes'."""
-        self.codes, self.folder, self.short_captions = codes, Path(text), short_captions
-        found = open_text(text, option)
+    def __init__(self, *folders: str | Path, seed: int = 0, transform: Callable[[np.ndarray], np.ndarray] | None = None,
+                 text_path: str | Path | None = None, short_captions: float = 0.3) -> None:
+        """folders, seed, transform: as for `CodeDataset`; text_path: of the features, if not `text` in the first folder.
+
+        short_captions: how often the short caption is drawn.  Raises UserError when a folder is damaged, or the features belong
+        to captions of other images.
+        """
+        self.codes, self.short_captions = CodeDataset(*folders, seed=seed, transform=transform), short_captions
+        self.folder, option = _place(folders[0], text_path, "--code-path")
+        found, of_codes = open_text(self.folder, option), read_header(folders[0])
         self.header, self._features = found.header, found.features
         self._starts, self._lengths = found.starts, found.lengths
-        where, of_codes = f"--code-path {codes.folders[0]}", read_header(codes.folders[0])
         known = bool(of_codes.images_checksum)  # older folders of codes have none
         if self.header.images != of_codes.images or (known and self.header.images_checksum != of_codes.images_checksum):
-            raise UserError(f"{option} {text} has features of captions of other images ({self.header.source}) than {where} "
-                            f"({of_codes.source}): extract both from the same --data-path.")
-        codes.rows = codes.rows[found.state[codes.rows] == DONE]
-        if len(codes.rows) == 0:
-            raise UserError(f"{option} {text} has no caption for any image of {where}: extract the features again.")
+            raise UserError(f"{option} {self.folder} has features of captions of other images ({self.header.source}) than "
+                            f"--code-path {folders[0]} ({of_codes.source}): extract both from the same --data-path.")
+        self.codes.rows = self.codes.rows[found.state[self.codes.rows] == DONE]
+        if len(self.codes.rows) == 0:
+            raise UserError(f"{option} {self.folder} has no caption for any image of --code-path {folders[0]}: extract the "
+                            "features again.")
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the memory map, which would be copied whole into every loader process that is not forked."""

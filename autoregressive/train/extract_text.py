@@ -43,7 +43,7 @@ class ExtractTextConfig:
     data_path: Path
     """Folder with captions.jsonl, folder of WebDataset tar shards or one of them, or npz with `images` and `captions`."""
     text_path: Path
-    """Folder to write."""
+    """Folder to write; training looks for it as `text` in the folder of the codes."""
     caption_key: str = ""
     """Which caption, where there are several: field of captions.jsonl (inner ones as text.short) or of a shard's .json, or array
     of the npz; left out: `text`, the .txt, `captions`."""
