@@ -56,7 +56,7 @@ def write_tar(path: Path, files: dict[str, bytes]) -> Path:
 def write_shards(folder: Path) -> Path:
     """Two shards of two samples each, with captions as text and JSON."""
     for shard in range(2):
-        files = {}
+        files: dict[str, bytes] = {}
         for number in (2 * shard, 2 * shard + 1):
             files |= {f"{number:04d}.png": png(SHADES[number]), f"{number:04d}.txt": WORDS[number].encode(),
                       f"{number:04d}.json": json.dumps({"short": WORDS[number].split()[1]}).encode()}

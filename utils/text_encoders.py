@@ -72,8 +72,9 @@ def load_pretrained(kind: Any, path: str, option: str, what: str, **arguments: A
     try:
         return kind.from_pretrained(path, **arguments)
     except Exception as error:  # of a damaged folder, of the network, of a missing package: whatever the library raises
-        raise UserError(f"{option} {printable(path)} cannot be loaded ({shortened(error)}): give a local folder with {what}, or "
-                        "its name on the hub where that can be reached.") from error
+        reason = shortened(str(error).split(". ")[0])
+        raise UserError(f"{option} {printable(path)} cannot be loaded ({reason}): give a local folder with {what}, or its name "
+                        "on the hub where that can be reached.") from error
 
 
 class T5TextEncoder:
@@ -81,9 +82,9 @@ class T5TextEncoder:
 
     def __init__(self, path: str, length: int, device: torch.device, bf16: bool) -> None:
         """path: local folder or name on the hub.  Raises UserError when it cannot be loaded."""
-        transformers, option = quiet_transformers("--text-encoder t5"), "--text-encoder-path"
-        self._tokenizer = load_pretrained(transformers.AutoTokenizer, path, option, "a T5 tokenizer")
-        self._model = load_pretrained(transformers.T5EncoderModel, path, option, "a T5 model",
+        transformers, option, what = quiet_transformers("--text-encoder t5"), "--text-encoder-path", "a T5 and its tokenizer"
+        self._tokenizer = load_pretrained(transformers.AutoTokenizer, path, option, what)
+        self._model = load_pretrained(transformers.T5EncoderModel, path, option, what,
                                       dtype=torch.bfloat16 if bf16 else torch.float32).eval().requires_grad_(False).to(device)
         self._tokenizer.padding_side = "right"
         self.length, self.width, self._device = length, int(self._model.config.d_model), device
