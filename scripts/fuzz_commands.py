@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from autoregressive.sample import guidance_map, sample_c2i, sample_c2i_ddp
-from autoregressive.train import evaluate_c2i, extract_codes_c2i, train_c2i
+from autoregressive.train import evaluate_c2i, extract_codes_c2i, extract_text, train_c2i
 from evaluations.c2i import classifier, evaluation_file, evaluator, features, judge
 from scripts import quickstart_report, released_weights
 from scripts.paper import plot_figures, plot_losses, sweep_c2i, table
@@ -103,6 +103,10 @@ COMMANDS: dict[str, Command] = {
                        ("{out}/codes/codes.npy", "{out}/codes/header.json"), extract_codes_c2i.ExtractConfig),
     "extract npz": Command(extract_codes_c2i.main, "--data-path {images_npz} --vq-ckpt {tokenizer} " + EXTRACT,
                            ("{out}/codes/codes.npy", "{out}/codes/header.json")),
+    # No options to fuzz: another encoder would be looked for on the hub.
+    "extract text": Command(extract_text.main, "--data-path {images_npz} --text-encoder hashed --text-width 64 --short-captions "
+                            "first-sentence --text-path {out}/text " + CPU,
+                            ("{out}/text/features.npy", "{out}/text/header.json")),
     "reconstruct": Command(reconstruction_vq_ddp.main, "--data-path {images} --vq-ckpt {tokenizer} --image-size 32 "
                            "--num-workers 0 --perceptual-net classifier --perceptual-file {classifier} --out {out}/x.npz " + CPU,
                            ("{out}/x.npz",), reconstruction_vq_ddp.ReconstructionConfig),

@@ -44,7 +44,8 @@ def write_files(world: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f"{index}.png")
     names = np.array([f"class{index}" for index in range(3)])
-    np.savez(world / "images_npz.npz", images=pixels, labels=np.arange(12) % 3, class_names=names)
+    np.savez(world / "images_npz.npz", images=pixels, labels=np.arange(12) % 3, class_names=names,
+             captions=np.array([f"A picture of class {index % 3}. It is number {index}." for index in range(12)]))
     statistics = {key: np.eye(shape[0], dtype=np.float32) if len(shape) > 1 else np.zeros(shape, np.float32)
                   for key, shape in STATISTICS.items()}
     np.savez_compressed(world / "statistics.npz", **statistics)  # type: ignore[arg-type]

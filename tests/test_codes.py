@@ -250,7 +250,7 @@ def test_other_images_of_the_same_number_are_not_mixed_in(tmp_path):
 def test_codes_of_no_image_are_an_error(tmp_path):
     """A data set in which nothing can be read must not pass for an extraction that has succeeded."""
     writer = CodeWriter(tmp_path, CodeHeader("t", [8], 4, 32, 1, "none", 3, 4, "x"), np.zeros(4, int), ALONE)
-    writer.mark_unreadable(writer.share())
+    writer.skip(writer.share())
     with pytest.raises(UserError, match=f"--code-path {tmp_path} would hold no codes because none of the 4 images could be read"):
         writer.finish()
     with pytest.raises(UserError, match="unfinished"):
@@ -397,7 +397,7 @@ def test_a_bf16_encoder_chooses_codes_in_float32(images_folder, tmp_path):
 def test_an_array_that_does_not_fit_is_an_error(tmp_path, count):
     """The share whose rows are marked in it is removed next: a cut `state.npy` would lose them."""
     script = (f"import resource, sys; sys.path.insert(0, {str(REPOSITORY)!r})\nimport numpy as np\nfrom pathlib import Path\n"
-              f"from utils.code_writer import _save\nresource.setrlimit(resource.RLIMIT_FSIZE, ({count + 100},) * 2)\n"
-              f"_save(Path('x.npy'), np.zeros({count}, np.uint8))\n")
+              f"from utils.shard_writer import save_array\nresource.setrlimit(resource.RLIMIT_FSIZE, ({count + 100},) * 2)\n"
+              f"save_array(Path('x.npy'), np.zeros({count}, np.uint8))\n")
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert "OSError: [Errno 27] File too large" in done.stderr and not list(tmp_path.iterdir())

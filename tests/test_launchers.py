@@ -18,6 +18,7 @@ SCRIPTS = REPOSITORY / "scripts"
 LAUNCHERS = {
     # launcher: (script, options added)
     "autoregressive/extract_codes_c2i.sh": ("autoregressive/train/extract_codes_c2i.py", []),
+    "autoregressive/extract_text.sh": ("autoregressive/train/extract_text.py", []),
     "autoregressive/train_c2i.sh": ("autoregressive/train/train_c2i.py", []),
     "autoregressive/train_c2i_fsdp.sh": ("autoregressive/train/train_c2i.py", ["--data-parallel", "fsdp"]),
     "autoregressive/sample_c2i.sh": ("autoregressive/sample/sample_c2i_ddp.py", []),
@@ -25,6 +26,7 @@ LAUNCHERS = {
     "tokenizer/reconstruction_vq.sh": ("tokenizer/tokenizer_image/reconstruction_vq_ddp.py", []),
     "tokenizer/val.sh": ("tokenizer/validation/val_ddp.py", []),
     "evaluations/evaluate_c2i.sh": ("evaluations/c2i/evaluator.py", []),
+    "evaluations/clip_score.sh": ("evaluations/t2i/clip_score.py", []),
 }
 
 

@@ -31,7 +31,7 @@ append = row_shares._OwnShare.append
 def noted(share, rows, state, values):
     global left
     for row in rows if left > 0 else ():
-        append(share, rows[rows == row], state, values[rows == row])
+        append(share, rows[rows == row], state, values.reshape(len(rows), -1)[rows == row])
         with open(os.environ["NOTES"], "a") as notes:
             notes.write(f"{host} {Path(share.index.name).name} {row}\\n")
         left -= 1

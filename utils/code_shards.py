@@ -5,13 +5,10 @@ A code folder holds `codes.npy` (uint16 [images, crops, C, N]; uint32 for codebo
 them.  `open_codes` is the one way to read a folder, and trusts none of its files; `code_writer.py` writes them.
 """
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import asdict, dataclass, fields, replace
-from dataclasses import field as header_field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,22 +17,22 @@ from torch.utils.data import Dataset
 
 from utils.class_names import require_same_names
 from utils.config import UserError
-from utils.files import read_json, require_same
-from utils.row_shares import DONE, MISSING
+from utils.files import require_same
+from utils.row_shares import DONE
+from utils.shards import ShardHeader, complete_header, map_array, read_state, require_range
 
 # Names of the code streams by their number, for logs and figures.
 STREAMS = {1: ("token",), 2: ("semantic", "detail")}
 VERSION = 2  # of the folder's layout: 2 has class names and the images' checksum
 
 _LOOKED_AT = 256  # rows whose codes are checked when a folder is opened
-_AGAIN = "extract the codes again"
-_WORDS: dict[Any, str] = {list[int]: "a list of integers", int: "a positive integer", bool: "true or false", str: "a string",
-                          list[str]: "a list of strings"}
 
 
 @dataclass
-class CodeHeader:
+class CodeHeader(ShardHeader):
     """What made the codes; two folders with equal headers hold codes of the same meaning."""
+
+    things, title, data_file, command, newest = "codes", "code header", "codes.npy", "extract_codes_c2i.py", VERSION
 
     tokenizer: str
     codebook_sizes: list[int]
@@ -47,8 +44,8 @@ class CodeHeader:
     images: int
     source: str
     complete: bool = False
-    largest_codes: list[int] = header_field(default_factory=list)  # of each stream; empty while unfinished and in older folders
-    class_names: list[str] = header_field(default_factory=list)    # by label id; empty where the images have none
+    largest_codes: list[int] = field(default_factory=list)  # of each stream; empty while unfinished and in older folders
+    class_names: list[str] = field(default_factory=list)    # by label id; empty where the images have none
     images_checksum: str = ""   # `ImageSource.checksum`; empty in older folders
     version: int = VERSION
 
@@ -75,6 +72,16 @@ class CodeHeader:
         checksum = self.images_checksum if other.images_checksum else ""
         return asdict(replace(self, class_names=[], images_checksum=checksum, version=VERSION))
 
+    def check(self, what: str) -> None:
+        """Raise UserError where streams and classes are not as many as their sizes, largest codes and names."""
+        sizes, largest = self.codebook_sizes, self.largest_codes
+        if not sizes or min(sizes) < 1 or max(sizes) > 2**32:
+            raise UserError(f"{what} has codebook_sizes {sizes}, not a size of 1 to 2**32 for each stream: {self.again()}.")
+        if largest and (len(largest) != len(sizes) or any(code >= size for code, size in zip(largest, sizes))):
+            raise UserError(f"{what} has largest_codes {largest}, which do not fit codebooks of {sizes} codes: {self.again()}.")
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise UserError(f"{what} names {len(self.class_names)} of {self.num_classes} classes: {self.again()}.")
+
 
 class Codes(NamedTuple):
     """A code folder, open: codes [images, crops, C, N] as a read-only memory map, labels int64 [images], state uint8 [images]."""
@@ -91,93 +98,13 @@ def open_codes(folder: str | Path, option: str = "--code-path") -> Codes:
     Raises UserError naming `option` and the file when one is missing, damaged, or does not fit the others.
     """
     folder = Path(folder)
-    header = load_header(folder, option)
-    if not header.complete:
-        raise UserError(f"{option} {folder} is an unfinished extraction: run the same extract_codes_c2i.py command again.")
-    codes = map_array(folder / "codes.npy", header.dtype, header.shape, option)
-    labels = np.array(map_array(folder / "labels.npy", np.dtype(np.int64), header.shape[:1], option))
-    state = np.array(map_array(folder / "state.npy", np.dtype(np.uint8), header.shape[:1], option))
-    require_range(labels, header.num_classes, "label", f"{option} {folder / 'labels.npy'}")
-    require_range(state, 3, "state", f"{option} {folder / 'state.npy'}")
-    if missing := int((state == MISSING).sum()):
-        raise UserError(f"{option} {folder / 'state.npy'} says that {missing} of {header.images} images have no codes: run the "
-                        "same extract_codes_c2i.py command again.")
-    if not (state == DONE).any():
-        raise UserError(f"{option} {folder} has codes of no image, all {header.images} were unreadable: {_AGAIN} from images "
-                        "that can be read.")
+    header = complete_header(CodeHeader, folder, option)
+    codes = map_array(folder / "codes.npy", header.dtype, header.shape, option, header.again())
+    labels = np.array(map_array(folder / "labels.npy", np.dtype(np.int64), header.shape[:1], option, header.again()))
+    require_range(labels, header.num_classes, "label", f"{option} {folder / 'labels.npy'}", header.again())
+    state = read_state(header, folder, option)
     _require_codes_in_range(header, codes, f"{option} {folder}")
     return Codes(header, codes, labels, state)
-
-
-def load_header(folder: Path, option: str) -> CodeHeader:
-    """The header of a folder, complete or not; raises UserError unless it has the known fields and their types."""
-    path = folder / "header.json"
-    if not path.is_file():
-        raise UserError(f"{option} {folder} holds no codes (no header.json): give a folder that extract_codes_c2i.py wrote.")
-    read, what = read_json(path, option, "the codes"), f"{option} {path}"
-    if not isinstance(read, dict):
-        raise UserError(f"{what} is no JSON object with the fields of a code header: {_AGAIN}.")
-    found: dict[str, Any] = {"version": 1} | read
-    if type(found["version"]) is int and found["version"] > VERSION:
-        raise UserError(f"{what} was written by a newer version, {found['version']} where {VERSION} is known: update this "
-                        "repository or extract the codes again.")
-    types = get_type_hints(CodeHeader)
-    if unknown := sorted(set(found) - set(types)):
-        raise UserError(f"{what} has the unknown field {unknown[0]!r}, the known ones being {', '.join(types)}: {_AGAIN}.")
-    for each in fields(CodeHeader):
-        absent = each.default is NO_DEFAULT and each.default_factory is NO_DEFAULT
-        if each.name not in found and absent:
-            raise UserError(f"{what} lacks the field {each.name!r}: {_AGAIN}.")
-        if each.name in found and not _is_of(found[each.name], types[each.name]):
-            seen, wanted = json.dumps(found[each.name])[:80], _WORDS[types[each.name]]
-            raise UserError(f"{what} has {each.name} {seen}, not {wanted}: {_AGAIN}.")
-    return _require_streams(CodeHeader(**found), what)
-
-
-def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a value of JSON is of a field's type; numbers count something and are positive, those in lists not negative."""
-    if kind == list[int]:
-        return isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)
-    if kind == list[str]:
-        return isinstance(value, list) and all(type(each) is str for each in value)
-    return type(value) is kind and (kind is not int or value > 0)
-
-
-def _require_streams(header: CodeHeader, what: str) -> CodeHeader:
-    sizes, largest = header.codebook_sizes, header.largest_codes
-    if not sizes or min(sizes) < 1 or max(sizes) > 2**32:
-        raise UserError(f"{what} has codebook_sizes {sizes}, not a size of 1 to 2**32 for each stream: {_AGAIN}.")
-    if largest and (len(largest) != len(sizes) or any(code >= size for code, size in zip(largest, sizes))):
-        raise UserError(f"{what} has largest_codes {largest}, which do not fit codebooks of {sizes} codes: {_AGAIN}.")
-    if header.class_names and len(header.class_names) != header.num_classes:
-        raise UserError(f"{what} names {len(header.class_names)} of {header.num_classes} classes: {_AGAIN}.")
-    return header
-
-
-def map_array(path: Path, dtype: np.dtype, shape: tuple[int, ...], option: str) -> np.memmap:
-    """Map an npy file read-only; raises UserError naming `option` unless it is sound, with this dtype and shape, and whole."""
-    if not path.is_file():
-        raise UserError(f"{option} {path} does not exist: {_AGAIN}, or copy the whole folder.")
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # whatever numpy raises for what is no npy file
-        reason = " ".join(str(error).split())[:200].rstrip(".:") or type(error).__name__
-        raise UserError(f"{option} {path} is truncated or no npy file ({reason}): {_AGAIN}, or copy it again.") from error
-    if (array.dtype, array.shape) != (dtype, shape) or np.isfortran(array):
-        seen = f"{array.dtype.str} {array.shape}{' in Fortran order' if np.isfortran(array) else ''}"
-        raise UserError(f"{option} {path} holds {seen} where header.json says {dtype.str} {shape}: {_AGAIN}, or copy the whole "
-                        "folder.")
-    if path.stat().st_size != array.offset + array.nbytes:
-        raise UserError(f"{option} {path} has {path.stat().st_size} bytes, not {array.offset + array.nbytes}: {_AGAIN}, or copy "
-                        "it again.")
-    return array
-
-
-def require_range(values: np.ndarray, size: int, what: str, file: str) -> None:
-    """Raise UserError unless all values are in [0, size)."""
-    if len(wrong := np.flatnonzero((values < 0) | (values >= size))):
-        raise UserError(f"{file} gives image {wrong[0]} the {what} {values[wrong[0]]}, not one of 0 to {size - 1}: {_AGAIN}, "
-                        "or copy it again.")
 
 
 def _require_codes_in_range(header: CodeHeader, codes: np.ndarray, what: str) -> None:
@@ -209,19 +136,6 @@ def read_joint_header(folders: Sequence[Path], option: str = "--code-path") -> C
                      f"{what} was extracted with",
                      f"give folders of the same images and tokenizer as {folders[0]}, which differ in their crops alone")
     return first
-
-
-def require_fit(header: CodeHeader, folder: str | Path, expected: dict[str, tuple[Any, str]],
-                option: str = "--code-path") -> None:
-    """Raise UserError when a field of the header is not what the model expects.
-
-    expected: {header field: (value, which option or file says so)}; option: the flag that named the folder.
-    """
-    for field, (value, source) in expected.items():
-        seen = getattr(header, field)
-        if seen != value:
-            raise UserError(f"{option} {folder} has {field} {seen} but {source} says {value}: use codes that fit the "
-                            "model, or change the option.")
 
 
 class CodeDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -264,7 +178,7 @@ class CodeDataset(Dataset[tuple[Tensor, Tensor]]):
         epochs, indices = np.array(items).T
         rows = self.rows[indices]
         # A counter-based hash instead of a generator per item: this runs for every image of every step.
-        crops = _mix(epochs + self.seed * 1_000_003, indices) % self.ends[-1]
+        crops = mixed(epochs + self.seed * 1_000_003, indices) % self.ends[-1]
         codes = np.empty((len(rows), *self.codes[0].shape[2:]), np.int64)
         for part, end in zip(self.codes, self.ends):
             here = (crops >= end - part.shape[1]) & (crops < end)
@@ -274,7 +188,7 @@ class CodeDataset(Dataset[tuple[Tensor, Tensor]]):
         return torch.from_numpy(np.ascontiguousarray(codes)), torch.from_numpy(self.labels[rows])
 
 
-def _mix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def mixed(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser over a pair of integers, vectorised."""
     with np.errstate(over="ignore"):
         x = a.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + b.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)

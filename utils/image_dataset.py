@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from utils.batches import GlobalBatches
 from utils.config import Count, Positive, UserError
 from utils.crops import center_crop, random_crop, sample_rng, to_tensor
-from utils.images import ImageSource, UnreadableImage
+from utils.image_source import ImageSource, UnreadableImage
 from utils.signals import ignore_in_worker
 
 log = logging.getLogger("images")

@@ -1,4 +1,4 @@
-"""Rows of one size, written by many processes on any number of nodes and read as one array.
+"""Rows of known sizes, written by many processes on any number of nodes and read as one array.
 
 A network file system writes whole pages back: two nodes that write one file lose each other's bytes.  So a process writes its
 rows into files of its own, one share for each fixed range of rows it works on: `FIRST-LAST.N.values` holds rows in the order
@@ -39,22 +39,24 @@ _RECORD = np.dtype([("row", "<i8"), ("state", "u1")])
 class Share:
     """One share as it lies on the disk.
 
-    rows, states: int64 and uint8 [n], without a torn end; places: int64 [n], where a row that is DONE stands in `values`.
+    rows, states: int64 and uint8 [n], without a torn end; starts, sizes: int64 [n], bytes of a row that is DONE in `values`.
     """
 
     values: Path
     rows: np.ndarray
     states: np.ndarray
-    places: np.ndarray
-    row_bytes: int
+    starts: np.ndarray
+    sizes: np.ndarray
 
-    def read(self, places: np.ndarray) -> np.ndarray:
-        """Bytes of the rows at `places` [n] of the share: uint8 [n, row_bytes]."""
-        found = np.empty((len(places), self.row_bytes), np.uint8)
+    def read(self, some: np.ndarray) -> np.ndarray:
+        """Bytes of some rows that are DONE, int [n] among those of the share, one after the other: uint8 [their sizes' sum]."""
+        starts, ends = self.starts[some], np.cumsum(self.sizes[some])
+        found = np.empty(ends[-1] if len(ends) else 0, np.uint8)
         with self.values.open("rb") as file:
-            for start, stop in runs(places):
-                file.seek(int(places[start]) * self.row_bytes)
-                if file.readinto(found[start:stop].data.cast("B")) != (stop - start) * self.row_bytes:
+            for first, last in runs(starts - (ends - self.sizes[some]), step=0):  # rows that stand as they will
+                place = found[ends[first] - self.sizes[some[first]] : ends[last - 1]]
+                file.seek(int(starts[first]))
+                if file.readinto(place.data) != len(place):
                     raise OSError(errno.EIO, f"{self.values} ends early")
         return found
 
@@ -79,7 +81,7 @@ class _OwnShare:
         self.name, self.index_bytes, self.values_bytes = name, 0, 0
 
     def append(self, rows: np.ndarray, state: int, values: np.ndarray) -> None:
-        """Add rows [n] with their state and their values, uint8 [n, row_bytes] or [0]."""
+        """Add rows [n] with their state and their values, uint8 [their bytes]."""
         records = np.empty(len(rows), _RECORD)
         records["row"], records["state"] = rows, state
         write_at(self.values, values, self.values_bytes)
@@ -97,27 +99,33 @@ class _OwnShare:
 class RowShares:
     """The shares in one folder, of all processes and runs.
 
-    count: rows in all; row_bytes: size of each; target: what is being made, as messages call it ("--out x.npz").
-    Writing raises UserError when the disk is full.
+    count: rows in all; row_bytes: size of each, one for all or int64 [count]; target: what is being made, as messages call it
+    ("--out x.npz").  Writing raises UserError when the disk is full.
     """
 
-    def __init__(self, folder: Path, count: int, row_bytes: int, target: str) -> None:
-        self.folder, self.count, self.row_bytes, self.target = folder, count, row_bytes, target
+    def __init__(self, folder: Path, count: int, row_bytes: int | np.ndarray, target: str) -> None:
+        self.folder, self.count, self.target = folder, count, target
+        self.sizes = np.broadcast_to(np.asarray(row_bytes, np.int64), (count,))  # one number in memory where all are alike
         self._range = max(_FEWEST_ROWS, -(-count // _MOST_SHARES))
         self._own: _OwnShare | None = None
 
     def write(self, rows: np.ndarray, values: np.ndarray) -> None:
-        """Store values [n, ...] of rows int [n] and mark them as done."""
-        self._append(rows, DONE, np.ascontiguousarray(values).view(np.uint8).reshape(len(rows), self.row_bytes))
+        """Store the values of rows int [n], one after the other in an array of any shape, and mark them as done."""
+        data, sizes = np.ascontiguousarray(values).reshape(-1).view(np.uint8), self.sizes[rows]
+        if len(data) != sizes.sum():
+            raise ValueError(f"{len(data)} bytes are not the {sizes.sum()} of {len(rows)} rows")
+        self._append(rows, DONE, data, sizes)
 
     def skip(self, rows: np.ndarray) -> None:
         """Mark rows int [n] as given up."""
-        self._append(rows, SKIPPED, np.empty((len(rows), 0), np.uint8))
+        self._append(rows, SKIPPED, np.empty(0, np.uint8), np.zeros(len(rows), np.int64))
 
-    def _append(self, rows: np.ndarray, state: int, values: np.ndarray) -> None:
+    def _append(self, rows: np.ndarray, state: int, values: np.ndarray, sizes: np.ndarray) -> None:
+        ends = np.cumsum(sizes)
         with full_disk_explained(self.target):
             for start, stop in runs(rows // self._range, step=0):
-                self._share_of(int(rows[start])).append(rows[start:stop], state, values[start:stop])
+                part = values[ends[start] - sizes[start] : ends[stop - 1]]
+                self._share_of(int(rows[start])).append(rows[start:stop], state, part)
 
     def _share_of(self, row: int) -> _OwnShare:
         first = row - row % self._range
@@ -141,12 +149,13 @@ class RowShares:
     def _open(self, path: Path) -> Share:
         values, records = path.with_suffix(".values"), np.fromfile(path, _RECORD)
         sound = (records["row"] >= 0) & (records["row"] < self.count) & np.isin(records["state"], (DONE, SKIPPED))
-        done = records["state"] == DONE
-        places = np.cumsum(done) - 1
+        done = sound & (records["state"] == DONE)
+        sizes = np.where(done, self.sizes[np.where(sound, records["row"], 0)], 0)
+        ends = np.cumsum(sizes)
         # After a power failure, the end of either file may be missing or zero.
-        sound &= ~done | (places < (values.stat().st_size if values.exists() else 0) // self.row_bytes)
+        sound &= ~done | (ends <= (values.stat().st_size if values.exists() else 0))
         kept = len(records) if sound.all() else int(np.argmin(sound))
-        return Share(values, records["row"][:kept], records["state"][:kept], places[:kept], self.row_bytes)
+        return Share(values, records["row"][:kept], records["state"][:kept], (ends - sizes)[:kept], sizes[:kept])
 
     def states(self, before: np.ndarray | None = None) -> np.ndarray:
         """State of every row, uint8 [count]; before: the states of rows that shares do not have."""
@@ -168,24 +177,23 @@ class RowShares:
         return states
 
     def in_order(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """Bytes of the given rows, all of them done, some megabytes at a time: uint8 [n, row_bytes]."""
-        shares = self.read()
+        """Bytes of the given rows, all of them done and of one size, some megabytes at a time: uint8 [n, size]."""
+        shares, row_bytes = self.read(), int(self.sizes[0])
         owner, place = np.full(self.count, -1), np.zeros(self.count, np.int64)
         for number, share in enumerate(shares):
             done = share.states == DONE
-            owner[share.rows[done]], place[share.rows[done]] = number, share.places[done]
-        step = max(1, CHUNK_BYTES // self.row_bytes)
-        for some in (rows[first : first + step] for first in range(0, len(rows), step)):
-            chunk = np.empty((len(some), self.row_bytes), np.uint8)
+            owner[share.rows[done]], place[share.rows[done]] = number, np.flatnonzero(done)
+        for some in chunks(rows, row_bytes):
+            chunk = np.empty((len(some), row_bytes), np.uint8)
             for number in np.unique(owner[some]):
                 here = owner[some] == number
-                chunk[here] = shares[number].read(place[some[here]])
+                chunk[here] = shares[number].read(place[some[here]]).reshape(-1, row_bytes)
             yield chunk
 
     @property
     def share_bytes(self) -> int:
         """Bytes of the largest share."""
-        return min(self._range, self.count) * self.row_bytes
+        return int(np.add.reduceat(self.sizes, np.arange(0, self.count, self._range)).max())
 
     def stored_bytes(self) -> int:
         """Bytes of all rows in shares."""
@@ -204,6 +212,12 @@ def same_everywhere(states: np.ndarray | None, count: int, processes: Processes)
 def share_of(rows: np.ndarray, processes: Processes) -> np.ndarray:
     """This process's part of rows [n]: neighbours, as many as every other process's up to one."""
     return np.array_split(rows, processes.world_size)[processes.rank]
+
+
+def chunks(rows: np.ndarray, row_bytes: int) -> Iterator[np.ndarray]:
+    """Rows [n] of a size in parts that fit the memory."""
+    step = max(1, CHUNK_BYTES // row_bytes)
+    return (rows[first : first + step] for first in range(0, len(rows), step))
 
 
 def runs(rows: np.ndarray, step: int = 1) -> Iterator[tuple[int, int]]:

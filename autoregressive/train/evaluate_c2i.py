@@ -23,11 +23,12 @@ from autoregressive.models.gpt import GPT, GPTProvenance, load_gpt
 from autoregressive.models.transformer import GPTConfig
 from utils.class_names import require_same_names
 from utils.code_map import load_code_map
-from utils.code_shards import STREAMS, CodeDataset, read_header, require_fit
+from utils.code_shards import STREAMS, CodeDataset, read_header
 from utils.config import Device, Positive, UserError, parse, run_main
 from utils.distributed import Processes, all_reduce_sum, setup
 from utils.files import check_writable, write_json
 from utils.run import set_up_logging
+from utils.shards import require_fit
 
 log = logging.getLogger("evaluate_c2i")
 

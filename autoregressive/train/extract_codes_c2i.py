@@ -123,7 +123,7 @@ def extract(config: ExtractConfig, processes: Processes) -> None:
     for readable, codes, unreadable in encoded(loader, tokenizer, device, bf16):
         if codes is not None:
             writer.write(readable, codes)
-        writer.mark_unreadable(unreadable)
+        writer.skip(unreadable)
         bar.update(len(readable) + len(unreadable))
     bar.close()
     left_out = writer.finish()

@@ -12,12 +12,13 @@ from autoregressive.models.transformer import GPTConfig
 from autoregressive.train.optimizers import OPTIMIZERS
 from utils.batches import BatchOptions
 from utils.code_map import CodeMap, load_code_map
-from utils.code_shards import CodeHeader, read_joint_header, require_fit
+from utils.code_shards import CodeHeader, read_joint_header
 from utils.config import Count, Fraction, NonNegative, Positive, Probability, UserError, Values, choices, flag, require_multiple
 from utils.devices import Compile
 from utils.distributed import nodes
 from utils.optim import OptimOptions, typed_schedule
 from utils.run import RunOptions
+from utils.shards import require_fit
 
 
 @dataclass

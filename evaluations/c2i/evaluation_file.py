@@ -13,7 +13,7 @@ from evaluations.c2i.metrics import NEAREST_K
 from utils.class_names import ClassNames
 from utils.config import UserError
 from utils.files import check_exists
-from utils.images import MAX_PIXELS
+from utils.image_source import MAX_PIXELS
 from utils.npz import NPZ_ERRORS, array_header, array_keys, open_array, read_small
 from utils.untrusted import printable, shortened
 
