@@ -18,7 +18,7 @@ LlamaGen's conventions for captions, which imported files carry, and what is dif
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,12 +30,11 @@ from autoregressive.models.transformer import GPTConfig
 Given = Tensor | tuple[Tensor, Tensor]
 
 
-def each(function: Callable[..., Tensor], *given: Given) -> Given:
-    """Apply a function to the tensors of one condition, or to the matching tensors of several of one kind."""
+def each(function: Callable[..., Tensor], *given: Given) -> Any:
+    """Apply a function to the tensors of one condition, or to the matching tensors of several of one kind: as they are given."""
     if isinstance(given[0], Tensor):
         return function(*given)
-    features, mask = (function(*parts) for parts in zip(*given, strict=True))
-    return features, mask
+    return tuple(function(*parts) for parts in zip(*given, strict=True))
 
 
 def count(given: Given) -> int:
@@ -149,7 +148,7 @@ class CaptionCondition(Condition):
         features, mask = given
         if features.ndim != 3 or features.shape[2] != self.width or not 0 < features.shape[1] <= self.positions:
             raise ValueError(f"features have the shape {tuple(features.shape)} but the GPT reads captions of at most "
-                             f"{self.positions} tokens of width {self.width}: give those of the encoder that it was trained with.")
+                             f"{self.positions} tokens of width {self.width}: give those of the encoder of its training.")
         if mask.shape != features.shape[:2] or mask.dtype != torch.bool:
             raise ValueError(f"mask is {mask.dtype} of the shape {tuple(mask.shape)}, not bool of the shape "
                              f"{tuple(features.shape[:2])}, that of its features.")
@@ -159,8 +158,8 @@ class CaptionCondition(Condition):
         """Raise ValueError unless these are captions that end at the last position."""
         _, mask = self.parts(given)
         if not mask[:, -1].all():
-            raise ValueError(f"mask hides the last position of {int((~mask[:, -1]).sum())} captions, from which the first cell is "
-                             "predicted: pad captions on the left.")
+            raise ValueError(f"mask hides the last position of {int((~mask[:, -1]).sum())} captions, which predicts the first "
+                             "cell: pad captions on the left.")
 
     def blank(self, batch: int) -> Given:
         """Features of zeros [B, P, E], all visible."""

@@ -52,8 +52,8 @@ def cluster_loss(logits: Tensor, codes: Tensor, cluster_size: int,
                  valid: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """IAR's cross-entropy of the cluster, whose probability is the sum of its members' (IAR2 paper, section 3.3).
 
-    logits: [B, N, K], clusters are consecutive codes; codes: [B, N]; valid: as in `cross_entropy`.  Returns the mean over cells in nats, and
-    detached the loss and the accuracy of the likeliest cluster.
+    logits: [B, N, K], clusters are consecutive codes; codes: [B, N]; valid: as in `cross_entropy`.
+    Returns the mean over cells in nats, and detached the loss and, over all samples, the accuracy of the likeliest cluster.
     """
     clusters = logits.float().unflatten(-1, (-1, cluster_size)).logsumexp(-1)      # [B, N, K / cluster_size]
     target = codes // cluster_size

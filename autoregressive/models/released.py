@@ -1,8 +1,8 @@
 """Key names of the published GPTs of LlamaGen and IAR2, and what their tensors tell of the shape.
 
 What the published code computes otherwise is configuration of the imported checkpoint: IAR2's rotary rows (`rotary="repeated"`,
-`head_rotary="zero_summary"`) and those of LlamaGen's captions (`caption_rotary="zero"`).  The class token's zero rotary row and the compression of a zero vector at
-borders are the same in all our models.
+`head_rotary="zero_summary"`) and those of LlamaGen's captions (`caption_rotary="zero"`).  The class token's zero rotary row and
+the compression of a zero vector at borders are the same in all our models.
 """
 
 from typing import Any
