@@ -10,13 +10,24 @@ from torch._dynamo.utils import counters
 from autoregressive.models import decode_modes
 from autoregressive.models.conditions import each
 from autoregressive.models.ctf import FineOptions, refine
-from autoregressive.models.generate import Decoder, SamplingOptions, draw_uniforms, generate
-from autoregressive.models.gpt import GPT
+from autoregressive.models.generate import (
+    Decoder,
+    SamplingOptions,
+    decode_step,
+    draw_uniforms,
+    generate,
+    new_decoding,
+    restart,
+)
+from autoregressive.models.gpt import GPT, build_gpt, place
 from autoregressive.models.losses import ObjectiveOptions, objective, stream_losses
 from autoregressive.models.released import GPT_KINDS
 from tests.conftest import GOLDEN, imported_gpt, random_codes, randomise
+from tests.fake_cuda import Watch, fake_cuda
+from tests.test_decoding import on_cuda
 from tests.test_gpt import teacher_forced_decode
 from tests.test_paradigms import COARSE_OF, FINE, VARIANTS, fine_grid, variant
+from utils.optim import native_bf16
 from utils.released import reverse, translator
 
 TEXT = dict(condition="text", caption_length=6, caption_dim=10)
@@ -153,6 +164,33 @@ def test_a_decoder_serves_other_captions_and_compiles_once(monkeypatch):
         assert torch.equal(eager.draw(given, OPTIONS, uniforms), alone)
         assert torch.equal(compiled.draw(given, OPTIONS, uniforms), alone)
     assert counters["stats"]["unique_graphs"] == len(set(gpt.paradigm.streams_of))
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
+def test_a_cell_stays_on_the_device():
+    """Hidden columns are looked up on the device, in a handful of kernels: a step can be captured as it can for classes."""
+    with fake_cuda():
+        kernels = []
+        for condition in ("class", "text"):
+            gpt = on_cuda(build_gpt("GPT-B", condition=condition))
+            decoding = new_decoding(gpt, OPTIONS, 4, multiple=64)
+            restart(gpt, decoding, gpt.condition.blank(4), torch.rand(4, 2, 256))
+            with Watch() as watch:
+                decode_step(gpt, decoding, decoding.cache.positions[:128], (0, 1))
+            assert not watch.copies
+            kernels.append(watch.kernels.total())
+    assert kernels[1] - kernels[0] <= 4
+
+
+@pytest.mark.skipif(not native_bf16(torch.device("cpu")), reason="this CPU does not compute in bfloat16")
+def test_captions_in_bf16_and_with_packed_weights():
+    """Features stay as the encoder gave them; what is computed from them is in the GPT's precision, of both branches."""
+    gpt, given = place(text_gpt(), "cpu", torch.bfloat16), captions(*LENGTHS)
+    exact, codes = text_gpt(), random_codes(3, gpt.config)
+    for rows in (given, gpt.condition.unconditional(given)):
+        for low, high in zip(teacher_forced_decode(gpt, rows, codes), exact(rows, codes), strict=True):
+            assert (low - high).abs().mean() < 0.1 * high.std()
+    assert generate(gpt, given, OPTIONS, torch.rand(3, 2, 16)).shape == (3, 2, 16)
 
 
 def test_attention_is_the_mass_on_the_words_that_are_visible():

@@ -85,17 +85,17 @@ def test_two_processes_train_like_one(codes, tmp_path, monkeypatch, mode):
 
 def test_a_plan_counts_the_positions_of_captions():
     """Flops and memory of a dry run: 119 positions more than a class takes, in the trunk alone."""
-    config = parse(TrainConfig, recipe, ["--code-path", "nowhere", "--condition", "text", "--gpt-model", "GPT-small",
+    config = parse(TrainConfig, recipe, ["--code-path", "nowhere", "--condition", "text", "--gpt-model", "GPT-tiny",
                                          "--codebook-sizes", "256", "4096"])
     model = gpt_config(config.gpt, (256, 4096), caption=told(config).fields)
     assert (model.condition, model.caption_length, model.caption_dim) == ("text", 120, 2048)
     text, plain = measure(model, bf16=False), measure(replace(model, condition="class"), bf16=False)
-    trunk = sum(p.numel() for p in GPT(model).layers.parameters() if p.ndim == 2)
-    projection = 384 * (2048 + 384)
-    attention = 4 * model.n_layer * model.dim * ((119 + 256) ** 2 - 256**2)
-    assert text.flops - plain.flops == 2 * trunk * 119 + 2 * projection * 120 + attention
-    assert text.parameters - plain.parameters == projection - 1001 * 384
-    assert 1.2 < text.kept / plain.kept < 1.6 and config.run.run_dir == Path("runs/GPT-small-256-text")
+    trunk, projection = sum(p.numel() for p in GPT(model).layers.parameters() if p.ndim == 2), 128 * (2048 + 128)
+    products = 2 * trunk * 119 + 2 * projection * 120
+    attention = 4 * model.n_layer * model.dim * ((119 + 256) ** 2 - 256**2)        # which torch counts on a GPU alone
+    assert products <= text.flops - plain.flops <= products + attention
+    assert text.parameters - plain.parameters == projection - 1001 * 128
+    assert 1.1 < text.kept / plain.kept < 1.6 and config.run.run_dir == Path("runs/GPT-tiny-256-text")
 
 
 def test_what_does_not_apply_is_refused(capsys, codes, models, tmp_path, monkeypatch):
