@@ -85,15 +85,15 @@ def test_decoded_logits_equal_the_published_code():
 
 @pytest.mark.parametrize("name, rotary", [*((name, "identity") for name in VARIANTS), ("single", "zero"), ("compressed", "zero")])
 def test_cached_decoding_equals_teacher_forcing(name, rotary):
-    """Captions of three lengths in one batch, written in one pass: sampling must be the function that was trained."""
-    gpt, given = text_gpt(name, caption_rotary=rotary), captions(*LENGTHS)
-    codes = random_codes(3, gpt.config)
+    """Captions of all lengths in one batch, written in one pass: sampling must be the function that was trained."""
+    gpt, given = text_gpt(name, caption_rotary=rotary), captions(*LENGTHS, 0)  # without a word, positions still see themselves
+    codes = random_codes(4, gpt.config)
     with torch.no_grad():
         forced, decoded = gpt(given, codes), teacher_forced_decode(gpt, given, codes, extra=5)
-        other = gpt(captions(*LENGTHS, seed=1), codes)
+        other = gpt(captions(*LENGTHS, 0, seed=1), codes)
     for a, b, c in zip(forced, decoded, other, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
-        assert not torch.allclose(a, c, atol=1e-2)
+        assert not torch.allclose(a[:3], c[:3], atol=1e-2)
 
 
 @pytest.mark.parametrize("name", ["single", "alternating", "grouped", "independent", "compressed"])
