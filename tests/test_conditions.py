@@ -86,7 +86,8 @@ def test_decoded_logits_equal_the_published_code():
 @pytest.mark.parametrize("name, rotary", [*((name, "identity") for name in VARIANTS), ("single", "zero"), ("compressed", "zero")])
 def test_cached_decoding_equals_teacher_forcing(name, rotary):
     """Captions of all lengths in one batch, written in one pass: sampling must be the function that was trained."""
-    gpt, given = text_gpt(name, caption_rotary=rotary), captions(*LENGTHS, 0)  # without a word, positions still see themselves
+    gpt, (features, mask) = text_gpt(name, caption_rotary=rotary), captions(*LENGTHS, 0)
+    given = torch.where(mask[..., None], features, 0.5), mask  # without a word, positions still see themselves
     codes = random_codes(4, gpt.config)
     with torch.no_grad():
         forced, decoded = gpt(given, codes), teacher_forced_decode(gpt, given, codes, extra=5)
