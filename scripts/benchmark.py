@@ -37,7 +37,7 @@ import tyro
 from torch import Tensor
 
 from autoregressive.models.decode_modes import MODES
-from autoregressive.models.generate import Decoder, Sampler, SamplingOptions, draw_uniforms
+from autoregressive.models.generate import Decoder, Sampler, SamplingOptions, draw_uniforms, with_unconditional
 from autoregressive.models.gpt import GPT, GPT_models, build_gpt, place
 from autoregressive.models.losses import stream_losses
 from autoregressive.sample.pipeline import load_in
@@ -144,20 +144,19 @@ def benchmark_decode(config: BenchmarkConfig, gpt: GPT, device: torch.device, ra
 
     def published(gpt: GPT) -> float:
         sampler = Sampler(gpt, options, uniforms)
-        rows = torch.cat([labels, torch.full_like(labels, gpt.null_class)])
-        decoder = published_structure.Decoder(gpt, len(rows))
-        return seconds(lambda: decoder.run(gpt.class_token(rows), cells, sampler), device)
+        decoder, rows = published_structure.Decoder(gpt, 2 * len(labels)), with_unconditional(gpt, labels)
+        return seconds(lambda: decoder.run(gpt.condition.tokens(rows)[:, 0], cells, sampler), device)
 
     timers = {"ours": ours}
     if config.paradigm == "hierarchical":
         timers["published"] = lambda: published(gpt)
-        if gpt.cls_embedding.weight.dtype != torch.float32:
+        if gpt.paradigm.norm.weight.dtype != torch.float32:
             single = place(copy.deepcopy(gpt), device, torch.float32)
             timers["published_float32"] = lambda: published(single)
     with torch.inference_mode():
         taken = in_turn(timers, config.repeats)
     a_cell = {name: value / cells for name, value in taken.items()}
-    weights, size = multiplications(gpt), gpt.cls_embedding.weight.element_size()
+    weights, size = multiplications(gpt), gpt.paradigm.norm.weight.element_size()
     floor = max(2 * weights * 2 * batch / (rates["tflops"] * 1e12), weights * size / (rates["gigabytes_per_second"] * 1e9))
     return {"ms_per_cell": 1e3 * a_cell["ours"], "tokens_per_second": len(gpt.config.codebook_sizes) * batch / a_cell["ours"],
             "images_per_second": batch / (a_cell["ours"] * gpt.config.cells), "batch_size": batch, "cells": cells,
@@ -272,7 +271,7 @@ def main() -> None:
     gpt = make_gpt(config, device)
     if config.task == "decode":
         gpt = load_in(config.precision, gpt, device)
-    bf16 = uses_bf16(config.precision, device) or gpt.cls_embedding.weight.dtype == torch.bfloat16
+    bf16 = uses_bf16(config.precision, device) or gpt.paradigm.norm.weight.dtype == torch.bfloat16
     rates = machine_rates(device, torch.bfloat16 if bf16 else torch.float32)
     figures = {
         "decode": lambda: benchmark_decode(config, gpt, device, rates),

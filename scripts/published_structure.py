@@ -68,7 +68,7 @@ def head_rotary(gpt: GPT) -> Tensor:
 def forward(gpt: GPT, labels: Tensor, codes: Tensor) -> list[Tensor]:
     """Teacher-forced logits, as `GPT.forward`."""
     paradigm, context = parts(gpt)
-    x = torch.cat([gpt.cls_embedding(gpt.drop_classes(labels))[:, None], paradigm.inputs(codes)], dim=1)
+    x = torch.cat([gpt.condition.tokens(gpt.condition.drop(labels)), paradigm.inputs(codes)], dim=1)
     x = gpt.token_dropout(x)
     for block in gpt.layers:
         x = run_layer(block, x, gpt.rotary)
@@ -90,7 +90,7 @@ class Decoder:
         config = gpt.config
         length = -(-(config.cells + 2) // 8) * 8  # rounded up to a multiple of 8, for trunk and head alike
         self.gpt, self.rows, self.shape = gpt, rows, (rows, config.n_head, length, config.dim // config.n_head)
-        self.make: dict[str, Any] = {"device": gpt.rotary.device, "dtype": gpt.cls_embedding.weight.dtype}
+        self.make: dict[str, Any] = {"device": gpt.rotary.device, "dtype": gpt.paradigm.norm.weight.dtype}
         self.caches = self.new_caches(len(gpt.layers))
         self.mask = torch.tril(torch.ones(length, length, dtype=torch.bool, device=gpt.rotary.device))
         self.states = torch.zeros(rows, config.cells + 1, config.dim, **self.make)

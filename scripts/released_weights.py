@@ -6,7 +6,7 @@
 Keys are mapped by the tables beside the models (`released.py`).  Shapes are read from the file; what it cannot tell (heads,
 grid) comes from --gpt-model and --image-size, or from --model-args.  The imported GPT carries the guidance that its
 publication samples with, as the samplers' default: for IAR2 the released formula with table 12's range, for LlamaGen
-constant guidance on all steps.
+constant guidance on all steps, from captions with its scale of 7.5 and the 1,000 likeliest codes.
 """
 
 import json
@@ -35,6 +35,7 @@ log = logging.getLogger("released_weights")
 
 KINDS = TOKENIZER_KINDS | GPT_KINDS
 DOWNSAMPLING = 16  # of the published tokenizers
+ENCODER = "google/flan-t5-xl"  # of LlamaGen's captions
 
 
 @dataclass
@@ -91,11 +92,11 @@ def describe_gpt(kind: Kind, config: ReleasedConfig, tensors: dict[str, Tensor],
     model = to_dict(from_dict(kind.config, fields | parse_model_args(config.model_args)))
     build(kind, model)
     streams = len(model["codebook_sizes"])
-    preset = (sampling_preset(name, streams, model["grid_size"], "released")
+    preset = (sampling_preset(name, streams, model["grid_size"], "released", model["condition"])
               or sampling_preset("GPT-B", streams, 16, "released"))
     log.info("samplers will guide with %s unless told otherwise", preset)
     return {"model": model, "gpt_model": name, "tokenizer": "", "image_size": DOWNSAMPLING * model["grid_size"],
-            "sampling": preset}
+            "sampling": preset, "encoder": ENCODER if model["condition"] == "text" else ""}
 
 
 def describe_tokenizer(kind: Kind, config: ReleasedConfig, tensors: dict[str, Tensor], what: str) -> dict[str, Any]:
@@ -135,10 +136,11 @@ def export_weights(config: ReleasedConfig) -> Path:
     """Our file -> the published key names; returns the file written."""
     kind, what = KINDS[config.kind], f"SRC {config.src}"
     description, tensors = read_export(config.src, kind.model, "SRC")
+    defaults = to_dict(kind.config())  # what an older file lacks
     for name, value in kind.fixed.items():
-        if description["model"][name] != value:
-            message = f"{what} has {name} {description['model'][name]} but {config.kind} computes with {value}"
-            if name in ("paradigm", "quantizer"):
+        if (seen := description["model"].get(name, defaults[name])) != value:
+            message = f"{what} has {name} {seen} but {config.kind} computes with {value}"
+            if name in ("paradigm", "quantizer", "condition"):
                 raise UserError(f"{message}: give the KIND of the file.")
             log.warning("%s: the published code will give OTHER LOGITS with these weights", message)
     released = to_released(kind, tensors, what)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from autoregressive.models.gpt import GPT
-from autoregressive.models.released import GPT_KINDS, gpt_shape
+from autoregressive.models.released import GPT_KINDS
 from autoregressive.models.transformer import GPTConfig
 from tokenizer.tokenizer_image.released import TOKENIZER_KINDS, tokenizer_shape
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
@@ -61,7 +61,7 @@ def arrays(*names: str) -> dict[str, torch.Tensor]:
 def imported_gpt(kind: str, tensors: dict[str, torch.Tensor], **shape) -> GPT:
     """A GPT with published weights, by its table of keys."""
     rules = GPT_KINDS[kind]
-    gpt = GPT(from_dict(GPTConfig, gpt_shape(tensors, "file") | rules.fixed | shape))
+    gpt = GPT(from_dict(GPTConfig, rules.shape(tensors, "file") | rules.fixed | shape))
     gpt.load_state_dict(to_ours(rules, tensors, gpt, "file"))
     return gpt.eval()
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from autoregressive.models import decode_modes, generate
+from autoregressive.models import decode_modes
+from autoregressive.models.conditions import ClassCondition
 from autoregressive.models.ctf import FineOptions, draw_fine, refine
 from autoregressive.models.generate import Decoder, SamplingOptions, decode_step, draw_uniforms, new_decoding, restart
 from autoregressive.models.gpt import GPT, build_gpt, place
@@ -229,7 +230,7 @@ def test_a_cell_stays_on_the_device(paradigm):
 @pytest.mark.parametrize("paradigm", DECODED)
 def test_whole_grids_are_drawn_without_a_wait(monkeypatch, paradigm, guidance, interval):
     """Every paradigm under every schedule: all on one device, and no step needs to know a value."""
-    monkeypatch.setattr(generate, "check_labels", lambda labels, gpt: None)  # the one wait, before the loop
+    monkeypatch.setattr(ClassCondition, "check", lambda self, labels: None)  # the one wait, before the loop
     scale = (2.0,) if guidance == "constant" else (1.5, 3.0)
     options = SamplingOptions(guidance=guidance, cfg_scale=scale, cfg_interval=interval, top_k=(5,), top_p=(0.9,))
     with fake_cuda():

@@ -103,7 +103,7 @@ def test_attention_and_guided_logits_equal_the_released_decoder():
     options = SamplingOptions(cfg_scale=(1.75, 3.0), cfg_attention_weight=float(golden["w_attn"]))
     sampler = Sampler(gpt, options, torch.rand(3, 2, 16))
     rows = torch.cat([labels, torch.full_like(labels, 10)])
-    cache, state, x = gpt.new_cache(6, record_condition=True), gpt.paradigm.new_state(6), gpt.class_token(rows)
+    cache, state = gpt.new_cache(6, record_condition=True), gpt.paradigm.new_state(6)
 
     def pick(logits, stream, cell):
         guided = sampler.guide(*logits.chunk(2), stream, cell, cache.condition_weight)
@@ -111,6 +111,7 @@ def test_attention_and_guided_logits_equal_the_released_decoder():
         return codes[:, stream, step].repeat(2)
 
     with torch.no_grad():
+        x = gpt.begin(rows, cache)
         for step in range(16):
             cell = torch.tensor([step])
             hidden = gpt.step(x, cache, cell, cache.positions[: step + 1])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from autoregressive.models.attention import causal_attention, short_causal_attention
+from autoregressive.models.conditions import Given
 from autoregressive.models.gpt import GPT, build_gpt
 from autoregressive.models.local_head import window_indices
 from autoregressive.models.losses import stream_losses
@@ -14,7 +15,7 @@ from autoregressive.models.transformer import rotary_table
 from tests.conftest import GOLDEN, TINY_GPT, arrays, imported_gpt, random_codes, randomise
 
 
-def teacher_forced_decode(gpt: GPT, labels: torch.Tensor, codes: torch.Tensor, extra: int = 0) -> list[torch.Tensor]:
+def teacher_forced_decode(gpt: GPT, given: Given, codes: torch.Tensor, extra: int = 0) -> list[torch.Tensor]:
     """Logits of incremental decoding whose choices are the given codes: C tensors [B, N, K_c].
 
     extra: keys that attention reads beyond those that are written.
@@ -25,10 +26,11 @@ def teacher_forced_decode(gpt: GPT, labels: torch.Tensor, codes: torch.Tensor, e
         seen[stream].append(logits)
         return codes[:, stream, int(cell)]
 
-    cache, state, x = gpt.new_cache(len(labels)), gpt.paradigm.new_state(len(labels)), gpt.class_token(labels)
+    cache, state, first = gpt.new_cache(len(codes)), gpt.paradigm.new_state(len(codes)), gpt.condition.positions
     with torch.no_grad():
+        x = gpt.begin(given, cache)
         for step, streams in enumerate(gpt.paradigm.streams_of):
-            hidden = gpt.step(x, cache, torch.tensor([step]), cache.positions[: step + extra + 1])
+            hidden = gpt.step(x, cache, torch.tensor([step]), cache.positions[: step + extra + first])
             x = gpt.paradigm.decode(hidden, gpt.paradigm.cell_of[step : step + 1], streams, state, pick)
     assert torch.equal(state.codes, codes)
     return [torch.stack(stream, dim=1) for stream in seen]
@@ -157,6 +159,6 @@ def test_class_dropout_uses_the_null_class_only_while_training():
     """Guidance needs the null class trained; sampling must never drop the class."""
     gpt = GPT(replace(TINY_GPT, class_dropout=0.5))
     labels = torch.zeros(1000, dtype=torch.long)
-    dropped = gpt.train().drop_classes(labels)
-    assert 400 < (dropped == gpt.null_class).sum() < 600 and set(dropped.tolist()) == {0, gpt.null_class}
-    assert torch.equal(gpt.eval().drop_classes(labels), labels)
+    dropped = gpt.train().condition.drop(labels)
+    assert 400 < (dropped == gpt.condition.null_class).sum() < 600 and set(dropped.tolist()) == {0, gpt.condition.null_class}
+    assert torch.equal(gpt.eval().condition.drop(labels), labels)

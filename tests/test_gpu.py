@@ -15,6 +15,7 @@ from autoregressive.train import extract_codes_c2i
 from evaluations.c2i.inception import Inception
 from tests.conftest import TINY_GPT, TINY_VQ, call, command, export_models, losses, randomise
 from tests.test_codes import write_codes
+from tests.test_conditions import captions
 from tests.test_decoding import DECODED, shape_of
 from tests.test_train import TRAIN, VQ_TRAIN, gpt_options, vq_options
 from tokenizer.tokenizer_image.vq_model import VQModel
@@ -46,6 +47,18 @@ def test_compiled_and_captured_codes_are_those_of_the_cpu(paradigm):
         cpu, eager, compiled = (decoder.draw(labels, OPTIONS, uniforms).cpu() for decoder in decoders)
         assert torch.equal(eager, compiled)
         assert (cpu == eager).float().mean() > 0.97  # rounding may move a draw, and all that follow it
+
+
+def test_captured_codes_from_captions_are_those_of_the_cpu():
+    """The pass over the caption is not captured, what it writes is read by every graph: over captions of several lengths."""
+    config = replace(TINY_GPT, condition="text", caption_length=6, caption_dim=10)
+    there, here = randomise(GPT(config)), place(randomise(GPT(config)), torch.device("cuda"), torch.float32)
+    decoders = [Decoder(there), Decoder(here, "eager"), Decoder(here, "compiled")]
+    for seed, lengths in enumerate(((6, 4, 1, 2), (1, 6, 3, 3), (2, 2, 5, 6))):
+        uniforms = draw_uniforms(seed, np.arange(4), 2, config.cells)
+        cpu, eager, compiled = (decoder.draw(captions(*lengths, seed=seed), OPTIONS, uniforms).cpu() for decoder in decoders)
+        assert torch.equal(eager, compiled)
+        assert (cpu == eager).float().mean() > 0.97
 
 
 def test_a_tokenizer_gives_the_codes_of_the_cpu(images_folder, tmp_path):

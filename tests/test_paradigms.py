@@ -185,7 +185,7 @@ def test_fine_labels_are_drawn_as_the_options_say():
     """Guidance mixes this class with the null class; temperature 0 and top-k 1 both take the likeliest label."""
     gpt, (_, coarse), labels = randomise(GPT(FINE)), fine_grid(), torch.tensor([0, 1, 2])
     with torch.no_grad():
-        conditional, unconditional = gpt(labels, coarse)[0], gpt(torch.full_like(labels, gpt.null_class), coarse)[0]
+        conditional, unconditional = gpt(labels, coarse)[0], gpt(torch.full_like(labels, gpt.condition.null_class), coarse)[0]
     for scale in (1.0, 4.0):
         likeliest = (unconditional + scale * (conditional - unconditional)).argmax(-1)[:, None]  # [B, 1, N]
         for options in (FineOptions(fine_temperature=0, fine_cfg_scale=scale), FineOptions(fine_top_k=1, fine_cfg_scale=scale)):

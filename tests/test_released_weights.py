@@ -64,7 +64,7 @@ def test_llamagen_logits_loss_and_gradients_equal_the_published_code():
     norm = torch.nn.utils.get_total_norm([p.grad for p in gpt.parameters()])
     np.testing.assert_allclose(norm, io["grad_global_norm"], rtol=1e-5)
     with torch.no_grad():
-        null = torch.full_like(labels, gpt.null_class)
+        null = torch.full_like(labels, gpt.condition.null_class)
         np.testing.assert_allclose(gpt(null, codes)[0], io["uncond_logits"], atol=1e-4)
         for rows, name in ((labels, "incremental_cond_logits"), (null, "incremental_uncond_logits")):
             np.testing.assert_allclose(teacher_forced_decode(gpt, rows, codes)[0], io[name], atol=1e-4)
@@ -98,7 +98,7 @@ def test_the_benchmark_compares_like_with_like(gpt):
     with torch.no_grad():
         for ours, published in zip(gpt(labels, codes), published_structure.forward(gpt, labels, codes), strict=True):
             torch.testing.assert_close(ours, published, atol=1e-5, rtol=1e-5)
-        decoder, x, drawn = published_structure.Decoder(gpt, 2), gpt.class_token(labels), []
+        decoder, x, drawn = published_structure.Decoder(gpt, 2), gpt.condition.tokens(labels)[:, 0], []
         for cell in range(gpt.config.cells):
             def pick(logits, stream, cell):
                 drawn.append(logits)

@@ -11,6 +11,7 @@ from typing import get_type_hints
 import pytest
 
 from autoregressive.models import generate
+from autoregressive.models.conditions import CONDITIONS
 from autoregressive.models.gpt import GPT_models
 from autoregressive.models.guidance import GUIDANCE
 from autoregressive.models.paradigms import PARADIGMS
@@ -155,7 +156,8 @@ def test_every_flag_is_read_somewhere():
 def test_options_name_every_row_of_their_tables():
     """A row that is no choice of its option cannot be had, and --help must list it."""
     for owner, option, rows in ((generate.SamplingOptions, "guidance", GUIDANCE), (GPTOptions, "gpt_model", GPT_models),
-                                (GPTOptions, "paradigm", ["auto", *PARADIGMS]), (TokenizerOptions, "vq_model", VQ_models),
+                                (GPTOptions, "paradigm", ["auto", *PARADIGMS]), (GPTOptions, "condition", CONDITIONS),
+                                (TokenizerOptions, "vq_model", VQ_models),
                                 (TokenizerOptions, "quantizer", ["auto", *QUANTIZERS])):
         assert get_type_hints(owner, include_extras=True)[option].__metadata__[0].metavar == "{" + ",".join(rows) + "}"
 

@@ -290,16 +290,18 @@ def read_checkpoint(path: Path, kind: str, option: str, tensors: bool) -> tuple[
     if not tensors:
         return description, {}
     stored = check_checkpoint_files(path, option).state_dict_metadata
-    part = "ema" if any(name.startswith("ema.") for name in stored) else "model"
-    shapes = {name.removeprefix(f"{part}."): entry for name, entry in stored.items() if name.startswith(f"{part}.")}
-    weights = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in shapes.items()
-               if isinstance(entry, TensorStorageMetadata)}
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}}
+    for name, entry in stored.items():
+        part, _, key = name.partition(".")
+        averaged = part == "model" and f"ema.{key}" in stored  # parameters, where averaging is on; buffers have no average
+        if part in parts and not averaged and isinstance(entry, TensorStorageMetadata):
+            parts[part][key] = torch.empty(entry.size, dtype=entry.properties.dtype)
     try:
         with warnings.catch_warnings(action="ignore", category=UserWarning):
-            dcp.load({part: weights}, checkpoint_id=path, no_dist=True)
+            dcp.load({part: weights for part, weights in parts.items() if weights}, checkpoint_id=path, no_dist=True)
     except (Exception, CheckpointException) as error:  # torch raises half a dozen types for damaged parts
         raise UserError(f"{option} {path} has damaged parts ({shortened(error)}): copy the checkpoint again.") from error
-    return description, weights
+    return description, parts["model"] | parts["ema"]
 
 
 def restore(network: Callable[[Any], Network], config: type, values: Any, tensors: dict[str, Tensor], where: str) -> Network:

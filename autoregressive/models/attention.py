@@ -27,16 +27,32 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention of T new positions: causal when they are the whole sequence, under a mask for one decoded position.
+    """Attention of T new positions: causal when they are the whole sequence, or under a mask, which then says all.
 
-    q: [B, H, T, E]; k, v: [B, H, S, E] with S = T, or T = 1 and a mask of their type.  Returns [B, H, T, E].
+    q: [B, H, T, E]; k, v: [B, H, S, E] with S = T, or T = 1 and a mask; mask: bool or added to the scores, [B or 1, 1, T, S].
+    Returns [B, H, T, E].
     """
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
-def full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of all positions to all: q, k, v [B, H, T, E] -> [B, H, T, E]."""
-    return F.scaled_dot_product_attention(q, k, v)
+def full_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of all positions to all that a mask [B, 1, T, T] leaves: q, k, v [B, H, T, E] -> [B, H, T, E]."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def attention_mask(visible: Tensor, length: int, causal: bool) -> Tensor:
+    """What each of `length` positions attends to, where some of the first are hidden: bool [B, 1, T, T].
+
+    visible: bool [B, P] of the first P positions.  Every position sees itself, hidden ones too: a softmax needs something.
+    """
+    seen = F.pad(visible, (0, length - visible.shape[1]), value=True)[:, None, None]  # [B, 1, 1, T]
+    square = torch.ones(length, length, dtype=torch.bool, device=visible.device)
+    return (seen & square.tril() if causal else seen) | torch.eye(length, dtype=torch.bool, device=visible.device)
+
+
+def as_scores(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """-inf where a bool mask hides, else 0: what is added to scores."""
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
 def short_causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -62,14 +78,17 @@ class Span(NamedTuple):
 
     positions: Tensor           # [T] int64, where their keys and values are written
     length: int                 # cached positions that are read, from the first on
-    mask: Tensor | None = None  # [1, 1, 1, length], added to the scores: -inf behind the newest position; None: none is behind
+    mask: Tensor | None = None  # [B or 1, 1, T, length], added to the scores: -inf for what is hidden; None: nothing is
 
 
 class LayerCache:
     """Keys and values of one layer, allocated once and written in place."""
 
-    def __init__(self, keys: Tensor, values: Tensor, condition_weight: Tensor | None) -> None:
-        self.keys, self.values, self.condition_weight = keys, values, condition_weight
+    condition_weight: Tensor | None = None  # [B], where it is recorded
+
+    def __init__(self, keys: Tensor, values: Tensor, condition: int) -> None:
+        """condition: leading positions whose attention is recorded."""
+        self.keys, self.values, self.condition = keys, values, condition
 
     def attend(self, kernel: Attend, q: Tensor, k: Tensor, v: Tensor, span: Span) -> Tensor:
         """Write k, v [B, H, T, E] where the span says, and attend from q to all that it reads: -> [B, H, T, E]."""
@@ -79,27 +98,39 @@ class LayerCache:
         if span.mask is None:
             return kernel(q, k, v)
         if self.condition_weight is not None:
-            self.condition_weight.copy_(self._weight_of_first(q, k, span.mask))
+            self.condition_weight.copy_(self._weight_of_condition(q, k, span.mask))
         return kernel(q, k, v, span.mask)
 
-    def _weight_of_first(self, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-        """The newest position's attention to key 0, the class token, averaged over heads [B]."""
+    def _weight_of_condition(self, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+        """The newest position's attention to all visible positions of the condition, averaged over heads [B]."""
         scores = (q[:, :, -1:] @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5    # [B, H, 1, S]
-        return (scores + mask).softmax(-1)[:, :, 0, 0].mean(1)
+        return (scores + mask[:, :, -1:]).softmax(-1)[:, :, 0, : self.condition].sum(-1).mean(1)
 
 
 class KVCache:
     """The caches of all layers, for `batch` rows and at most `length` positions."""
 
+    hidden: Tensor | None = None  # [B, length], positions that later ones do not attend to; None: there are none
+
     def __init__(self, n_layer: int, batch: int, n_head: int, length: int, head_dim: int,
-                 device: torch.device, dtype: torch.dtype, record_condition: bool = False) -> None:
+                 device: torch.device, dtype: torch.dtype, condition: int = 0, hides: bool = False) -> None:
+        """condition: leading positions the last layer's attention to which is recorded; hides: whether some may be hidden."""
         storage = torch.zeros(n_layer, 2, batch, n_head, length, head_dim, device=device, dtype=dtype)
-        self.layers = [LayerCache(keys, values, None) for keys, values in storage]
+        self.layers = [LayerCache(keys, values, condition) for keys, values in storage]
         self.positions = torch.arange(length, device=device)
-        if record_condition:
+        if condition:
             self.layers[-1].condition_weight = torch.zeros(batch, device=device)
+        if hides:
+            self.hidden = torch.zeros(batch, length, dtype=torch.bool, device=device)
 
     @property
     def condition_weight(self) -> Tensor | None:
-        """The last layer's attention to the class token at the newest position [B], if recorded."""
+        """The last layer's attention to the condition at the newest position [B], if recorded."""
         return self.layers[-1].condition_weight
+
+    def step_mask(self, position: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the newest position [1] attends to among the first S keys, added to scores [B or 1, 1, 1, S]."""
+        hidden = keys > position                                                   # [S]
+        if self.hidden is not None:
+            hidden = (hidden | self.hidden[:, : len(keys)]) & (keys != position)   # [B, S]; a position sees itself
+        return as_scores(hidden, dtype).view(-1, 1, 1, len(keys))

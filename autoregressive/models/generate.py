@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from autoregressive.models.attention import KVCache
+from autoregressive.models.conditions import Given, count, each
 from autoregressive.models.decode_modes import find_mode
 from autoregressive.models.gpt import GPT
 from autoregressive.models.guidance import CFG_RANGES, GUIDANCE, Scale, guide
@@ -76,9 +77,9 @@ def cfg_ranges(options: SamplingOptions, gpt: GPT) -> list[tuple[float, float]]:
     streams, values, grid = len(gpt.config.codebook_sizes), options.cfg_scale, gpt.config.grid_size
     if not values:
         size = gpt.provenance.gpt_model
-        if (streams, size, grid) not in CFG_RANGES:
-            raise ValueError(f"cfg_scale is empty and no range is published for {size or 'this GPT'} on a {grid}x{grid} grid: "
-                             "give START END.")
+        if (streams, size, grid) not in CFG_RANGES or gpt.config.condition != "class":
+            raise ValueError(f"cfg_scale is empty and no range is published for {size or 'this GPT'} on a {grid}x{grid} grid"
+                             f"{'' if gpt.config.condition == 'class' else ' from captions'}: give START END.")
         values = CFG_RANGES[streams, size, grid]
     if len(values) not in (1, 2, 2 * streams):
         raise ValueError(f"cfg_scale has {len(values)} values: give one, START END, or START END for each stream.")
@@ -158,8 +159,8 @@ class Sampler:
     def pick(self, logits: Tensor, stream: int, cell: Tensor, step: Tensor, attention: Tensor | None) -> Tensor:
         """Choose the codes of a cell [1] at a trunk step [1].
 
-        logits: [B, K], or with guidance conditional rows before unconditional ones [2B, K]; attention: to the class
-        token, of the same rows, where the schedule reads it.  Returns codes of the same rows.
+        logits: [B, K], or with guidance conditional rows before unconditional ones [2B, K]; attention: to the condition, of
+        the same rows, where the schedule reads it.  Returns codes of the same rows.
         """
         logits = logits.float()
         if self.guided:
@@ -188,14 +189,6 @@ class Sampler:
         return self.guidance.scale(self.start[stream], self.end[stream], progress, attention, self.weight)
 
 
-def check_labels(labels: Tensor, gpt: GPT) -> None:
-    """Raise ValueError for class ids [B] that the GPT does not know.  Waits for labels that are on a GPU."""
-    classes = gpt.config.num_classes
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise ValueError(f"labels go from {int(labels.min())} to {int(labels.max())} but the GPT knows classes 0 to "
-                         f"{classes - 1}.")
-
-
 @dataclass
 class Decoding:
     """The state of one decoding, in buffers that every step overwrites in place."""
@@ -210,22 +203,29 @@ class Decoding:
 def new_decoding(gpt: GPT, options: SamplingOptions, batch: int, record_attention: bool = False, multiple: int = 1) -> Decoding:
     """Buffers for `batch` grids, which `restart` fills.
 
-    record_attention: keep the attention to the class token also where the schedule does not read it; multiple: what the
+    record_attention: keep the attention to the condition also where the schedule does not read it; multiple: what the
     length of the cache is rounded up to.
     """
     device, config = gpt.rotary.device, gpt.config
     sampler = Sampler(gpt, options, torch.zeros(batch, len(config.codebook_sizes), config.cells, device=device))
     rows = 2 * batch if sampler.guided else batch
     cache = gpt.new_cache(rows, sampler.needs_attention or record_attention, multiple)
-    x = gpt.class_token(torch.zeros(rows, dtype=torch.long, device=device))
+    x = gpt.paradigm.norm.weight.new_zeros(rows, config.dim)
     return Decoding(sampler, cache, gpt.paradigm.new_state(rows), x, torch.zeros(1, dtype=torch.long, device=device))
 
 
-def restart(gpt: GPT, decoding: Decoding, labels: Tensor, uniforms: Tensor) -> None:
-    """Begin grids of other classes: labels [B], on any device; uniforms [B, C, N] from `draw_uniforms`."""
-    labels = labels.to(decoding.x.device)
-    rows = torch.cat([labels, torch.full_like(labels, gpt.null_class)]) if decoding.sampler.guided else labels
-    decoding.x.copy_(gpt.class_token(rows))
+def with_unconditional(gpt: GPT, given: Given) -> Given:
+    """The rows of guidance: those of a condition of B samples, then the unconditional ones of the same samples."""
+    return each(lambda *parts: torch.cat(parts), given, gpt.condition.unconditional(given))
+
+
+def restart(gpt: GPT, decoding: Decoding, given: Given, uniforms: Tensor) -> None:
+    """Begin grids of another condition: labels [B] or captions, on any device; uniforms [B, C, N] from `draw_uniforms`.
+
+    What stands in front of the last position of a caption is written to the cache here, once, in a pass that no mode compiles.
+    """
+    given = each(lambda part: part.to(decoding.x.device), given)
+    decoding.x.copy_(gpt.begin(with_unconditional(gpt, given) if decoding.sampler.guided else given, decoding.cache))
     decoding.sampler.uniforms.copy_(uniforms[:, : len(gpt.config.codebook_sizes)])
     decoding.step.zero_()
 
@@ -262,28 +262,30 @@ class Decoder:
             self.step, self._kind = self.mode.prepare(decode_step, self.device), (replace(options), batch)
 
     @torch.inference_mode()
-    def steps(self, labels: Tensor, options: SamplingOptions, uniforms: Tensor) -> Generator[Decoding, None, None]:
+    def steps(self, given: Given, options: SamplingOptions, uniforms: Tensor) -> Generator[Decoding, None, None]:
         """The same decoding after every trunk step, for those who look at it on the way; see `draw`."""
-        check_labels(labels, self.gpt)
-        self._prepare(options, len(labels))
-        restart(self.gpt, self.decoding, labels, uniforms)
+        condition = self.gpt.condition
+        condition.check(given)
+        self._prepare(options, count(given))
+        restart(self.gpt, self.decoding, given, uniforms)
         with self.packing():
             for step, streams in enumerate(self.gpt.paradigm.streams_of):
-                length = -(-(step + 1) // self.multiple) * self.multiple
+                length = -(-(step + condition.positions) // self.multiple) * self.multiple
                 self.step(self.gpt, self.decoding, self.decoding.cache.positions[:length], streams)
                 yield self.decoding
 
     @torch.inference_mode()
-    def draw(self, labels: Tensor, options: SamplingOptions, uniforms: Tensor) -> Tensor:
-        """Draw one grid of codes for each label.
+    def draw(self, given: Given, options: SamplingOptions, uniforms: Tensor) -> Tensor:
+        """Draw one grid of codes for each label or caption.
 
-        labels: [B] in [0, num_classes); uniforms: [B, C, N] from `draw_uniforms`; both on any device.  Returns codes
-        [B, C, N] int64.  Raises ValueError for labels or options that do not fit the GPT.
+        given: labels [B] in [0, num_classes), or captions, features [B, P', E] and mask [B, P'], by the GPT's condition;
+        uniforms: [B, C, N] from `draw_uniforms`; all on any device.  Returns codes [B, C, N] int64.  Raises ValueError for a
+        condition or options that do not fit the GPT.
         """
-        *_, last = self.steps(labels, options, uniforms)
-        return last.state.codes[: len(labels)].clone()  # the next batch overwrites them
+        *_, last = self.steps(given, options, uniforms)
+        return last.state.codes[: count(given)].clone()  # the next batch overwrites them
 
 
-def generate(gpt: GPT, labels: Tensor, options: SamplingOptions, uniforms: Tensor) -> Tensor:
+def generate(gpt: GPT, given: Given, options: SamplingOptions, uniforms: Tensor) -> Tensor:
     """`Decoder.draw` of a single batch, eagerly."""
-    return Decoder(gpt).draw(labels, options, uniforms)
+    return Decoder(gpt).draw(given, options, uniforms)

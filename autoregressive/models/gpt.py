@@ -1,9 +1,9 @@
-"""The class-conditional GPT: trunk, caches, and the table of sizes.
+"""The GPT: trunk, caches, and the table of sizes.
 
-Paper sections 4.3 and 5.1; the trunk is LlamaGen's (RMSNorm, SwiGLU, two-dimensional rotary embedding, a class token in
-front).  What a trunk step reads and predicts belongs to the prediction paradigm (`paradigms.py`), which `GPT` looks up
-once.  One implementation trains and decodes: `forward` teacher-forces a whole grid, `step` advances one trunk position
-with a cache that the caller owns.
+Paper sections 4.3 and 5.1; the trunk is LlamaGen's (RMSNorm, SwiGLU, two-dimensional rotary embedding, a class token or a
+caption in front).  What a trunk step reads and predicts belongs to the prediction paradigm (`paradigms.py`), what stands in front
+to the condition (`conditions.py`); `GPT` looks both up once.  One implementation trains and decodes: `forward` teacher-forces a
+whole grid, `begin` writes the condition to a cache that the caller owns, and `step` advances one trunk position.
 
 Deviations from the release: every cell has its own rotary row (`rotary="repeated"` restores the released table) and the
 head's slots are not rotated (`head_rotary="zero_summary"` restores the released zero row for the summary).
@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from autoregressive.models.attention import KVCache, Span
+from autoregressive.models.attention import KVCache, Span, as_scores, attention_mask, causal_attention
+from autoregressive.models.conditions import CONDITIONS, Condition, Given
 from autoregressive.models.order import RASTER, Permuted, RandomOrder, Raster
 from autoregressive.models.paradigms import PARADIGMS
 from autoregressive.models.transformer import Block, GPTConfig, rotary_table
@@ -52,22 +54,25 @@ class GPTProvenance:
     sampling: dict[str, Any] = field(default_factory=dict)     # fields of SamplingOptions, the samplers' defaults
     coarse: str = ""                                           # CTF's second stage: whose coarse labels it refines,
     coarse_of: tuple[int, ...] = ()                            # and the coarse label of every code
+    encoder: str = ""                                          # of captions: hub name of the text encoder; "" for classes
     imported: dict[str, str] = field(default_factory=dict)     # kind and file name of published weights
 
 
 class GPT(nn.Module):
     """Trunk plus prediction paradigm.  Keeps no generation state."""
 
-    rotary: Tensor  # [T, D/H/2, 2] rows of all trunk positions
+    rotary: Tensor  # [P - 1 + T, D/H/2, 2] rows of all trunk positions: P of the condition, whose last is the first of T steps
+    cls_embedding: Condition  # published files call it so
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
         self.provenance = GPTProvenance()
         self.activation_checkpointing = False
-        self.cls_embedding = nn.Embedding(config.num_classes + 1, config.dim)  # last row: the null class
+        self.cls_embedding = CONDITIONS[config.condition].build(config)
         self.token_dropout = nn.Dropout(config.token_dropout)
         row = PARADIGMS[config.paradigm]
+        self.causal = row.attend is causal_attention
         self.layers = nn.ModuleList(Block(config, row.attend) for _ in range(config.n_layer))
         self.paradigm = row.build(config)
         self.register_buffer("rotary", self.build_rotary(), persistent=False)
@@ -76,11 +81,11 @@ class GPT(nn.Module):
         self.init_weights()
 
     def build_rotary(self) -> Tensor:
-        """Rotary rows of all trunk positions [T, D/H/2, 2]; the class token's row is zero in cosine and sine."""
+        """Rotary rows of all trunk positions [P - 1 + T, D/H/2, 2]; the class token's row is zero in cosine and sine."""
         config = self.config
         table = rotary_table(config.grid_size, config.dim // config.n_head, config.rotary_base)
         rows = table.to(self.paradigm.cells.device)[self.paradigm.cells]
-        return torch.cat([torch.zeros_like(rows[:1]), rows])
+        return torch.cat([self.condition.rotary(rows), rows])
 
     def init_weights(self) -> None:
         """Normal(0, 0.02) matrices and embeddings, zero biases, zero last output layer (first loss is log K)."""
@@ -98,16 +103,9 @@ class GPT(nn.Module):
         return [module for module in self.modules() if isinstance(module, Block)]
 
     @property
-    def null_class(self) -> int:
-        """The label of the unconditional model."""
-        return self.config.num_classes
-
-    def drop_classes(self, labels: Tensor) -> Tensor:
-        """Replace labels by the null class with probability `class_dropout` while training."""
-        if not self.training or self.config.class_dropout == 0:
-            return labels
-        dropped = torch.rand(labels.shape, device=labels.device) < self.config.class_dropout
-        return torch.where(dropped, self.null_class, labels)
+    def condition(self) -> Condition:
+        """What stands in front of the codes, a row of CONDITIONS."""
+        return self.cls_embedding
 
     def run_block(self, block: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Call a layer, recomputing its activations in the backward pass when asked to."""
@@ -115,22 +113,25 @@ class GPT(nn.Module):
             return checkpoint(partial(block, **kwargs), *args, use_reentrant=False)
         return block(*args, **kwargs)
 
-    def forward(self, labels: Tensor, codes: Tensor, order: Tensor | None = None) -> list[Tensor]:
+    def forward(self, given: Given, codes: Tensor, order: Tensor | None = None) -> list[Tensor]:
         """Teacher-forced logits.
 
-        labels: [B] in [0, num_classes]; codes: [B, C, N] int64; order: [B, N] int64, the cell predicted at each place, for a
-        GPT with `order="random"`, or None for raster.  Returns C tensors [B, N, K_c], by cell.
+        given: labels [B] in [0, num_classes], or captions, features [B, P', E] and their mask [B, P'] with P' <= P; codes:
+        [B, C, N] int64; order: [B, N] int64, the cell predicted at each place, for a GPT with `order="random"`, or None for
+        raster.  Returns C tensors [B, N, K_c], by cell.
         """
-        taken = self.take_order(order)
-        condition = self.cls_embedding(self.drop_classes(labels))[:, None]         # [B, 1, D]
-        x = torch.cat([condition, self.paradigm.inputs(taken.codes(codes))], dim=1)  # [B, T, D]
+        taken, given = self.take_order(order), self.condition.drop(given)
+        front, visible = self.condition.tokens(given), self.condition.visible(given)
+        x = torch.cat([front, self.paradigm.inputs(taken.codes(codes))], dim=1)    # [B, P' - 1 + T, D]
         x = self.token_dropout(x)
+        leading, length = front.shape[1] - 1, x.shape[1]
         if self.order is not None:
-            x = x + self.order.target(taken.targets(self.order.cell_of))
-        rotary = taken.rotary(self.rotary)
+            x = x + F.pad(self.order.target(taken.targets(self.order.cell_of)), (0, 0, leading, 0))
+        rotary = taken.rotary(self.rotary[len(self.rotary) - length :])
+        mask = None if visible is None else attention_mask(visible, length, self.causal)
         for block in self.layers:
-            x = self.run_block(block, x, rotary)
-        return self.paradigm.logits(taken.states(x), codes, self.run_block, taken.places)
+            x = self.run_block(block, x, rotary, mask=mask)
+        return self.paradigm.logits(taken.states(x[:, leading:]), codes, self.run_block, taken.places)
 
     def take_order(self, order: Tensor | None) -> Raster:
         """How a pass goes in the order [B, N], or in raster for None; raises ValueError where the GPT knows raster alone."""
@@ -140,34 +141,48 @@ class GPT(nn.Module):
             raise ValueError('order needs a GPT with order="random": in raster order nothing says which cell is predicted next.')
         return Permuted(order, self.order)
 
-    def class_token(self, labels: Tensor) -> Tensor:
-        """The first trunk input: [B] -> [B, D]."""
-        return self.cls_embedding(labels)
+    def begin(self, given: Given, cache: KVCache) -> Tensor:
+        """Write all positions of a condition but the last to the cache, in one pass.
 
-    def step(self, x: Tensor, cache: KVCache, position: Tensor, keys: Tensor) -> Tensor:
+        given: as in `forward`, of as many samples as the cache has rows.  Returns the first input of `step` [B, D].
+        """
+        given = self.condition.fit(given)
+        front, visible = self.condition.tokens(given), self.condition.visible(given)   # [B, P, D], [B, P]
+        if visible is not None and cache.hidden is not None:
+            cache.hidden[:, : visible.shape[1]] = ~visible
+            x, leading = front[:, :-1], visible.shape[1] - 1
+            mask = as_scores(~attention_mask(visible[:, :-1], leading, causal=True), x.dtype)
+            span = Span(cache.positions[:leading], leading, mask)
+            for block, layer_cache in zip(self.layers, cache.layers, strict=True):
+                x = block(x, self.rotary[:leading], layer_cache, span)
+        return front[:, -1]
+
+    def step(self, x: Tensor, cache: KVCache, step: Tensor, keys: Tensor) -> Tensor:
         """Advance the trunk by one position.
 
-        x: [B, D], the class token or what `paradigm.decode` returned; cache: filled up to `position` [1] int64, which is
-        written; keys: the first positions of the cache [S], `position` among them.  Returns hidden states [B, D].
+        x: [B, D], what `begin` or `paradigm.decode` returned; cache: filled up to the position of the trunk step `step` [1]
+        int64, which is P - 1 positions behind the first and is written; keys: the first positions of the cache [S], that one
+        among them.  Returns hidden states [B, D].
         """
         if self.order is not None:
-            x = x + self.order.target(self.order.cell_of.index_select(0, position))
+            x = x + self.order.target(self.order.cell_of.index_select(0, step))
+        position = step + (self.condition.positions - 1)
         x, rotary = x[:, None], self.rotary.index_select(0, position)
-        mask = torch.zeros_like(keys, dtype=x.dtype).masked_fill_(keys > position, -torch.inf)  # [S]
-        span = Span(position, len(keys), mask[None, None, None])
+        span = Span(position, len(keys), cache.step_mask(position, keys, x.dtype))
         for block, layer_cache in zip(self.layers, cache.layers, strict=True):
             x = block(x, rotary, layer_cache, span)
         return x[:, 0]
 
     def new_cache(self, batch: int, record_condition: bool = False, multiple: int = 1) -> KVCache:
         """A trunk cache for `batch` rows, allocated once, of which multiples of `multiple` positions are read;
-        record_condition keeps the last layer's attention to the class token (PAG-CFG, section 4.5)."""
-        config, weight = self.config, self.cls_embedding.weight
+        record_condition keeps the last layer's attention to the class token or to the words of the caption (PAG-CFG, section
+        4.5)."""
+        config, weight = self.config, self.paradigm.norm.weight
         length = -(-len(self.rotary) // multiple) * multiple
         if multiple > 1:
             length += 1  # so that a part is read always: the whole, which is contiguous, would be compiled once more
-        return KVCache(config.n_layer, batch, config.n_head, length, config.dim // config.n_head,
-                       weight.device, weight.dtype, record_condition)
+        return KVCache(config.n_layer, batch, config.n_head, length, config.dim // config.n_head, weight.device, weight.dtype,
+                       self.condition.positions if record_condition else 0, self.condition.hides)
 
 
 def build_gpt(name: str, **options: Any) -> GPT:

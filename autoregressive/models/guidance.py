@@ -7,7 +7,8 @@ Guided logits are l_u + s (l_c - l_u).  `GUIDANCE` has a row for each schedule o
     attention     s = start + (end - start) (i/(M-1) + w a_i)      the released formula, which gave the published numbers
     equation18    s = (start + (end - start) i/M) a_i              the paper as printed (equations 16 to 18)
 
-a_i is the last trunk layer's attention to the class token, averaged over heads, on the conditional branch.
+a_i is the last trunk layer's attention to the class token, averaged over heads, on the conditional branch.  Where a caption
+stands in its place, a_i is the attention's mass on all of its words (its visible positions), which is 1 at step 0 too.
 
 Not of the paper:
 
@@ -16,7 +17,7 @@ Not of the paper:
     equation18_rescaled   equation 18 with a_i over its mean over the sample's steps so far
     attention_shuffled    the released formula with a_j of a random step j of the sample's own past
 
-The last two leave out step 0, which has nothing but the class token to attend to: a_0 is 1 whatever the model.  The rescaled
+The last two leave out step 0, which has nothing but the condition to attend to: a_0 is 1 whatever the model.  The rescaled
 a_i is 1 on average where attention has no trend, so that the paper's ranges mean the same scales; where a_i falls along the grid
 it is below 1.  The shuffled one says whether it matters where attention is high: a sample depends on itself alone, not on its
 batch.
@@ -155,16 +156,22 @@ CFG_RANGES: dict[tuple[int, str, int], tuple[float, float]] = {
 }
 
 
+# LlamaGen's sampling from captions.  Nothing is published for two codebooks, which start from the same.
+TEXT_SAMPLING: dict[str, Any] = {"guidance": "constant", "cfg_scale": [7.5], "cfg_interval": -1, "top_k": [1000]}
+
 # w of the attention schedule: the paper's text, and the released sampler.
 ATTENTION_WEIGHT = {"paper": 0.05, "released": 0.1}
 
 
-def sampling_preset(gpt_model: str, streams: int, grid_size: int, recipe: str = "paper") -> dict[str, Any]:
+def sampling_preset(gpt_model: str, streams: int, grid_size: int, recipe: str = "paper",
+                    condition: str = "class") -> dict[str, Any]:
     """Fields of SamplingOptions that a checkpoint carries, so that sampling from it needs no flags.
 
-    gpt_model: size of the table; streams: number of codebooks; recipe: of ATTENTION_WEIGHT.  Empty for a size without a
-    published range.
+    gpt_model: size of the table; streams: number of codebooks; recipe: of ATTENTION_WEIGHT; condition: of CONDITIONS.  Empty for
+    a size without a published range.
     """
+    if condition == "text":
+        return TEXT_SAMPLING
     if (streams, gpt_model, grid_size) not in CFG_RANGES:
         return {}
     start, end = CFG_RANGES[streams, gpt_model, grid_size]

@@ -59,7 +59,7 @@ class Raster:
         return cell_of
 
     def rotary(self, rows: Tensor) -> Tensor:
-        """Rotary rows of all trunk inputs: of raster order [T, E/2, 2] -> the same."""
+        """Rotary rows of all trunk inputs, the condition's in front: of raster order [P - 1 + T, E/2, 2] -> the same."""
         return rows
 
     def states(self, hidden: Tensor) -> Tensor:
@@ -89,9 +89,10 @@ class Permuted(Raster):
         return self.order[:, cell_of]
 
     def rotary(self, rows: Tensor) -> Tensor:
-        """Rows of the cells whose codes are read, for all heads alike [B, 1, T, E/2, 2]; the class token keeps its zero row."""
-        read = self.targets(self.steps.cell_of)[:, :-1] + 1                        # [B, T - 1]
-        return self.steps.rotary[F.pad(read, (1, 0))][:, None]
+        """Rows of the cells whose codes are read, for all heads alike [B, 1, P - 1 + T, E/2, 2]; the condition keeps its own."""
+        read = self.targets(self.steps.cell_of)[:, :-1]                            # [B, T - 1]
+        front = rows[: len(rows) - read.shape[1]].expand(len(read), -1, -1, -1)    # [B, P, E/2, 2]
+        return torch.cat([front, self.steps.rotary[read].type_as(front)], dim=1)[:, None]
 
     def states(self, hidden: Tensor) -> Tensor:
         """State of each step of raster order, from wherever its cell was predicted [B, T, D]."""
@@ -105,7 +106,7 @@ class RandomOrder(nn.Module):
     cell_of: Tensor  # [T] cell that each trunk step predicts, in raster order
     row_of: Tensor   # [T] row of step_of that each trunk step stands in
     step_of: Tensor  # [R, N] trunk step that predicts each cell, for every set of streams that a step predicts
-    rotary: Tensor   # [1 + N, E/2, 2] rotary rows of the class token (zero) and of all cells
+    rotary: Tensor   # [N, E/2, 2] rotary rows of all cells
 
     def __init__(self, config: GPTConfig, cell_of: Tensor, streams_of: list[tuple[int, ...]]) -> None:
         """cell_of, streams_of: what each trunk step predicts in raster order (`paradigms.Paradigm`)."""
@@ -119,7 +120,7 @@ class RandomOrder(nn.Module):
         self.register_buffer("row_of", row_of, persistent=False)
         self.register_buffer("step_of", step_of, persistent=False)
         table = rotary_table(config.grid_size, config.dim // config.n_head, config.rotary_base)
-        self.register_buffer("rotary", F.pad(table, (0, 0, 0, 0, 1, 0)), persistent=False)
+        self.register_buffer("rotary", table, persistent=False)
 
 
 def random_share(progress: float, anneal: tuple[float, float]) -> float:

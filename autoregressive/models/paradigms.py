@@ -50,7 +50,7 @@ class DecodeState:
 class Paradigm(nn.Module):
     """The interface, and the parts all paradigms have; T is the number of trunk steps."""
 
-    cells: Tensor    # [T - 1] grid cell of each trunk input after the class token
+    cells: Tensor    # [T - 1] grid cell of each trunk input after the condition
     cell_of: Tensor  # [T] grid cell that each trunk step predicts
     streams_of: list[tuple[int, ...]]  # the streams of that cell that each trunk step predicts
 
@@ -64,11 +64,11 @@ class Paradigm(nn.Module):
 
     @property
     def num_steps(self) -> int:
-        """Trunk steps T of one grid: the class token's and one for each input."""
+        """Trunk steps T of one grid: that of the condition's last position and one for each input."""
         return len(self.cells) + 1
 
     def inputs(self, codes: Tensor) -> Tensor:
-        """Codes [B, C, N] -> trunk inputs after the class token [B, T - 1, D]."""
+        """Codes [B, C, N] -> trunk inputs after the condition [B, T - 1, D]."""
         raise NotImplementedError
 
     def logits(self, hidden: Tensor, codes: Tensor, run_block: RunBlock, places: Tensor | None = None) -> list[Tensor]:
@@ -276,7 +276,7 @@ class Conditional(Independent):
 
 
 class FineLabels(Paradigm):
-    """CTF's second stage: streams (coarse, fine); every cell sees all coarse labels and the class, and predicts its fine
+    """CTF's second stage: streams (coarse, fine); every cell sees all coarse labels and the condition, and predicts its fine
     label, all in one pass.  `ctf.py` samples from it; there is nothing to decode step by step."""
 
     def __init__(self, config: GPTConfig) -> None:
@@ -289,7 +289,7 @@ class FineLabels(Paradigm):
         return self.embeddings[0](codes[:, 0])
 
     def logits(self, hidden: Tensor, codes: Tensor, run_block: RunBlock, places: Tensor | None = None) -> list[Tensor]:
-        """States of the class token and all cells [B, 1 + N, D] -> fine logits [B, N, K_fine]."""
+        """States of the condition's last position and all cells [B, 1 + N, D] -> fine logits [B, N, K_fine]."""
         return [self.outputs[0](self.norm(hidden[:, 1:]))]
 
     def targets(self, codes: Tensor) -> Tensor:

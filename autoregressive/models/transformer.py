@@ -44,6 +44,10 @@ class GPTConfig:
     norm_eps: float = 1e-5
     qk_norm: bool = False
     head_width: int = 0
+    condition: Literal["class", "text"] = "class"
+    caption_length: Annotated[int, interval(int, 2, 4096)] = 120
+    caption_dim: Annotated[int, interval(int, 1, 65_536)] = 2048
+    caption_rotary: Literal["identity", "zero"] = "identity"
 
     @property
     def cells(self) -> int:
@@ -129,14 +133,17 @@ class Block(nn.Module):
         self.attend = attend
 
     def forward(self, x: Tensor, rotary: Tensor | None, cache: LayerCache | None = None, span: Span | None = None,
-                skip: int = 0) -> Tensor:
+                skip: int = 0, mask: Tensor | None = None) -> Tensor:
         """One layer over T new positions.
 
         x: [B, T, D]; rotary: rows of these positions [T, D/H/2, 2], those of each sample [B, 1, T, D/H/2, 2], or None; cache,
-        span: this layer's LayerCache and where the positions stand in it; skip: leading positions that only serve as keys.
-        Returns [B, T - skip, D].
+        span: this layer's LayerCache and where the positions stand in it; skip: leading positions that only serve as keys; mask:
+        what each position attends to [B, 1, T, T], where a whole sequence is not simply causal.  Returns [B, T - skip, D].
         """
         q, k, v = self.attention.project(self.attention_norm(x), rotary, skip)
-        heads = self.attend(q, k, v) if cache is None or span is None else cache.attend(self.attend, q, k, v, span)
+        if cache is not None and span is not None:
+            heads = cache.attend(self.attend, q, k, v, span)
+        else:
+            heads = self.attend(q, k, v) if mask is None else self.attend(q, k, v, mask)
         x = x[:, skip:] + self.attention.combine(heads)
         return x + self.feed_forward(self.ffn_norm(x))

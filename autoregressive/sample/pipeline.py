@@ -1,4 +1,4 @@
-"""From class labels to images: the models a sampler needs, checked against each other and loaded once."""
+"""From class labels or captions to images: the models a sampler needs, checked against each other and loaded once."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autoregressive.models.conditions import Given, each
 from autoregressive.models.ctf import FineOptions, refine
 from autoregressive.models.decode_modes import MODES
 from autoregressive.models.generate import Decoder, SamplingOptions, carried_fields, cfg_ranges, draw_uniforms, per_stream
@@ -19,6 +20,8 @@ from utils.class_names import ClassNames, require_same_names
 from utils.config import Count, Device, UserError, choices, flag
 from utils.optim import native_bf16, uses_bf16
 
+# Who samples from what.
+SAMPLERS = {"class": "sample_c2i.py or sample_c2i_ddp.py", "text": "sample_t2i.py or sample_t2i_ddp.py"}
 # Weights that a CPU's cache about holds: for so few, half the bytes gain little.
 _CACHED = 2**23
 
@@ -53,14 +56,19 @@ def carried_options(config: Any) -> dict[str, Any]:
 class Pipeline:
     """GPT, second stage where there is one, and tokenizer on one device."""
 
-    def __init__(self, models: ModelOptions, sampling: SamplingOptions, fine: FineOptions, device: torch.device) -> None:
-        """Raises UserError when the files do not fit each other or the sampling options fit no model."""
+    def __init__(self, models: ModelOptions, sampling: SamplingOptions, fine: FineOptions, device: torch.device,
+                 condition: str = "class") -> None:
+        """condition: what the caller will give to `sample`.  Raises UserError when the GPT reads another, the files do not fit
+        each other or the sampling options fit no model."""
         self.gpt = load_in(models.precision, load_gpt(models.gpt_ckpt), device)
         self.fine = None if models.fine_ckpt is None else load_in(
             models.precision, load_gpt(models.fine_ckpt, option="--fine-ckpt"), device)
         self.tokenizer = load_tokenizer(models.vq_ckpt, device)
         self.sampling, self.fine_options, self.device = sampling, fine, device
         self.image_size_eval, self.decode_mode = models.image_size_eval, models.decode
+        if self.gpt.config.condition != condition:
+            raise UserError(f"--gpt-ckpt {models.gpt_ckpt} is conditioned on {self.gpt.config.condition}: sample from it with "
+                            f"{SAMPLERS[self.gpt.config.condition]}.")
         self._check_models(models)
         self.decoder = Decoder(self.gpt, models.decode)
         bf16 = device.type == "cuda" and uses_bf16(models.precision, device)
@@ -81,7 +89,7 @@ class Pipeline:
             if giver.config.paradigm != "fine":
                 raise UserError(f"{option} is no second stage but predicts by the {giver.config.paradigm} paradigm: give the GPT "
                                 "that was trained with rearrange.py's fine_map.")
-            for name in ("grid_size", "num_classes"):
+            for name in ("grid_size", "condition", "num_classes", "caption_length", "caption_dim"):
                 if getattr(giver.config, name) != getattr(self.gpt.config, name):
                     raise UserError(f"{option} has {name} {getattr(giver.config, name)} but --gpt-ckpt {models.gpt_ckpt} has "
                                     f"{getattr(self.gpt.config, name)}: give two stages of one size.")
@@ -122,24 +130,26 @@ class Pipeline:
             "tokenizer": self.tokenizer.provenance.fingerprint}
 
     @torch.inference_mode()
-    def sample_codes(self, labels: Tensor, samples: np.ndarray) -> Tensor:
-        """Draw codes [B, C, N] of the tokenizer for class ids [B], on any device; samples: their global indices [B]."""
+    def sample_codes(self, given: Given, samples: np.ndarray) -> Tensor:
+        """Draw codes [B, C, N] of the tokenizer for class ids [B] or captions, on any device; samples: their global indices."""
         config, stages = self.gpt.config, 1 if self.fine is None else 2
         streams = len(config.codebook_sizes)
         uniforms = draw_uniforms(self.sampling.seed, samples, streams * stages, config.cells)
-        codes = self.decoder.draw(labels, self.sampling, uniforms[:, :streams])
+        codes = self.decoder.draw(given, self.sampling, uniforms[:, :streams])
         if self.fine is None:
             return codes
-        return refine(self.fine, labels.to(self.device), codes, self.fine_options, uniforms[:, -1], self.coarse_of,
-                      self.decode_mode)
+        return refine(self.fine, each(lambda part: part.to(self.device), given), codes, self.fine_options, uniforms[:, -1],
+                      self.coarse_of, self.decode_mode)
 
-    def start(self, labels: np.ndarray, samples: np.ndarray) -> Images:
+    def start(self, given: np.ndarray | Given, samples: np.ndarray) -> Images:
         """`sample` without waiting for the images, so that they are decoded beside the next codes."""
-        return self.image_decoder.start(self.sample_codes(torch.from_numpy(labels), samples))
+        return self.image_decoder.start(self.sample_codes(torch.from_numpy(given) if isinstance(given, np.ndarray) else given,
+                                                          samples))
 
-    def sample(self, labels: np.ndarray, samples: np.ndarray) -> np.ndarray:
-        """Draw images uint8 [B, S, S, 3] of class ids [B]; samples: their global indices [B], which fix the randomness."""
-        return self.start(labels, samples)()
+    def sample(self, given: np.ndarray | Given, samples: np.ndarray) -> np.ndarray:
+        """Draw images uint8 [B, S, S, 3] of class ids [B] or captions, features [B, P', E] and mask [B, P']; samples: their
+        global indices [B], which fix the randomness."""
+        return self.start(given, samples)()
 
     def decode(self, codes: Tensor) -> np.ndarray:
         """Codes of the tokenizer [B, C, N] -> images uint8 [B, S, S, 3]."""

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from autoregressive.models.conditions import CONDITIONS
 from autoregressive.models.transformer import GPTConfig
 from autoregressive.train.estimate import Footprint, fitted, kept_states, measure, memory, usable
-from autoregressive.train.options import TrainConfig, check_codes, gpt_config, known_codes, mapped_header
+from autoregressive.train.options import TrainConfig, check_codes, gpt_config, known_codes, mapped_header, told
 from utils.batches import StepPlan, plan_steps
 from utils.config import flatten, to_dict
 from utils.devices import memory_bytes, peak_flops
@@ -51,14 +52,14 @@ def print_dry_run(config: TrainConfig, processes: Processes) -> None:
     # A named amount of memory means a GPU, also where this machine has none.
     bf16 = trains_in_bf16(config.optim.mixed_precision, processes.device) or (
         config.optim.mixed_precision == "auto" and config.devices.device_memory > 0)
-    model = gpt_config(config.gpt, *known_codes(config))
+    model = gpt_config(config.gpt, *known_codes(config), told(config).fields)
     images, footprint = count_images(config, model), measure(model, bf16)
     if device_bytes is not None:
         config = fitted(config, footprint, world_size, device_bytes, bf16)
     plan = plan_steps(config.batch, images, world_size)
     rows: dict[str, Any] = {
         "model": f"{config.gpt.gpt_model}, {model.paradigm}, codebooks {' + '.join(map(str, model.codebook_sizes))}, grid "
-                 f"{model.grid_size}x{model.grid_size}, {model.num_classes} classes",
+                 f"{model.grid_size}x{model.grid_size}, {CONDITIONS[model.condition].describe(model)}",
         "parameters": f"{footprint.parameters:,}",
         "steps": f"{plan.total_steps:,} of {plan.global_batch} images, {plan.steps_per_epoch:,} an epoch of {images:,} images",
         "micro-batch": f"{plan.micro_batch} x {plan.accumulation} on each of {world_size} processes, "

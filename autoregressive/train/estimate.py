@@ -64,7 +64,7 @@ def _forward(gpt: GPT, grids: int, bf16: bool) -> tuple[float, float]:
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16), FlopCounterMode(display=False) as counter, \
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         order = torch.zeros(grids, gpt.config.cells, dtype=torch.long) if gpt.config.order == "random" else None
-        logits = gpt(torch.zeros(grids, dtype=torch.long), codes, order)
+        logits = gpt(gpt.condition.blank(grids), codes, order)
         flops = counter.get_total_flops()
     # The loss keeps float32 probabilities of every logit.
     return flops, sum(storage.nbytes() for storage in kept.values()) + 4 * sum(each.numel() for each in logits)

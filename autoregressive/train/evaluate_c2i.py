@@ -10,6 +10,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its path
 
@@ -19,11 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from autoregressive.models.conditions import Given, each
 from autoregressive.models.gpt import GPT, GPTProvenance, load_gpt
 from autoregressive.models.transformer import GPTConfig
+from autoregressive.train.sources import Told, find_source
 from utils.class_names import require_same_names
 from utils.code_map import load_code_map
-from utils.code_shards import STREAMS, CodeDataset, read_header
+from utils.code_shards import STREAMS, read_header
 from utils.config import Device, Positive, UserError, parse, run_main
 from utils.distributed import Processes, all_reduce_sum, setup
 from utils.files import check_writable, write_json
@@ -52,8 +55,9 @@ class EvaluateConfig:
 
 
 def open_held_out(config: GPTConfig, about: GPTProvenance, model: str, code_path: str | Path, code_map: str,
-                  option: str = "--code-path") -> CodeDataset:
-    """Held-out codes as a GPT sees them; raises UserError, naming `option`, when they are of other classes, tokenizer or shape.
+                  option: str = "--code-path") -> Any:
+    """Held-out codes as a GPT sees them, a data set of `sources.py`; raises UserError, naming `option`, when they are of other
+    classes, captions, tokenizer or shape.
 
     config, about: of the GPT; model: what messages call it; code_map: the map of its training, or empty.
     """
@@ -62,41 +66,56 @@ def open_held_out(config: GPTConfig, about: GPTProvenance, model: str, code_path
         header = found.header(header, f"--code-map {code_map}")
     require_fit(header, code_path, {
         "codebook_sizes": (list(config.codebook_sizes), model), "grid_size": (config.grid_size, model),
-        "num_classes": (config.num_classes, model)}, option)
+        **({"num_classes": (config.num_classes, model)} if config.condition == "class" else {})}, option)
+    source = find_source(config.condition)
+    require_told(source.tell([code_path], option), config, about, f"{option} {code_path}", model)
     require_same_names(tuple(header.class_names), about.class_names, f"{option} {code_path}", model)
     if about.tokenizer not in ("", header.tokenizer):
         raise UserError(f"{option} {code_path} has codes of {header.tokenizer} but {model} was trained on those of "
                         f"{about.tokenizer}: give codes of the same tokenizer, or the --code-map of the training.")
-    return CodeDataset(code_path, transform=found.apply if found else None)
+    return source.dataset(code_path, transform=found.apply if found else None)
+
+
+def require_told(told: Told, config: GPTConfig, about: GPTProvenance, what: str, model: str) -> None:
+    """Raise UserError where captions have another shape or encoder than the GPT's; what, model: the two in messages."""
+    seen = {name: (value, getattr(config, name)) for name, value in told.fields.items()}
+    for name, (found, expected) in (seen | {"encoder": (told.encoder, about.encoder)}).items():
+        if found != expected and expected:
+            raise UserError(f"{what} has captions of {name} {found} but {model} reads {name} {expected}: give features of the "
+                            "encoder that it was trained with.")
 
 
 @torch.no_grad()
-def stream_nats(gpt: GPT, labels: Tensor, codes: Tensor, coarse_of: Tensor | None) -> Tensor:
-    """Sums over cells of the cross-entropy: labels [B], codes [B, C, N] -> [B, C'] nats of the predicted streams.
+def stream_nats(gpt: GPT, given: Given, codes: Tensor, coarse_of: Tensor | None) -> Tensor:
+    """Sums over cells of the cross-entropy: labels [B] or captions, codes [B, C, N] -> [B, C'] nats of the predicted streams.
 
     coarse_of: the coarse label of every code [K] for CTF's second stage, None for other GPTs.  The second stage is scored
     among the members of each given cluster, so that its probabilities sum to one.
     """
-    logits, targets = gpt(labels, codes), gpt.paradigm.targets(codes)
+    logits, targets = gpt(given, codes), gpt.paradigm.targets(codes)
     if coarse_of is not None:
         logits = [stream.masked_fill(coarse_of != codes[:, 0, :, None], -torch.inf) for stream in logits]
     return torch.stack([F.cross_entropy(stream.float().transpose(1, 2), target, reduction="none").sum(1)
                         for stream, target in zip(logits, targets.unbind(1), strict=True)], dim=1)
 
 
-def evaluate(gpt: GPT, dataset: CodeDataset, batch_size: int, processes: Processes) -> dict[str, float]:
+def evaluate(gpt: GPT, dataset: Any, batch_size: int, processes: Processes) -> dict[str, float]:
     """Figures over all images: nats_NAME per code of each stream, bits_per_image, images.
 
-    Every process makes as many passes, as sharded models need; those that have no image left count none.
+    dataset: one of `sources.py`; samples that are not valid do not count.  Every process makes as many passes, as sharded models
+    need; those that have no image left count none.
     """
     share, streams = -(-len(dataset) // processes.world_size), len(gpt.paradigm.outputs)
     coarse_of = torch.tensor(gpt.provenance.coarse_of, device=processes.device) if gpt.provenance.coarse_of else None
     sums = torch.zeros(streams + 1, dtype=torch.float64, device=processes.device)   # nats, images
     for first in tqdm(range(0, share, batch_size), desc="evaluate", unit="batches", disable=not processes.is_main, leave=False):
         rows = np.arange(first, min(first + batch_size, share)) * processes.world_size + processes.rank
-        codes, labels = dataset.__getitems__([(0, row) for row in rows.clip(max=len(dataset) - 1)])
-        nats = stream_nats(gpt, labels.to(processes.device), codes.to(processes.device), coarse_of).double()  # [B, C']
-        counted = torch.from_numpy(rows < len(dataset)).to(nats)[:, None]                                     # [B, 1]
+        batch = dataset.__getitems__([(0, row) for row in rows.clip(max=len(dataset) - 1)])
+        codes, given, *valid = (each(lambda part: part.to(processes.device), field) for field in batch)
+        nats = stream_nats(gpt, given, codes, coarse_of).double()                  # [B, C']
+        counted = torch.from_numpy(rows < len(dataset)).to(nats)[:, None]          # [B, 1]
+        for flags in valid:
+            counted = counted * flags[:, None]
         sums = sums + (torch.cat([nats, torch.ones_like(counted)], dim=1) * counted).sum(0)
     *totals, count = all_reduce_sum(sums, processes).tolist()
     figures = {f"nats_{name}": total / count / gpt.config.cells for name, total in zip(STREAMS[streams], totals, strict=True)}

@@ -39,7 +39,7 @@ def muon(gpt: GPT, options: OptimOptions) -> Together:
     """Muon for hidden matrices, AdamW for embeddings, output layers, norms and biases; one learning rate and decay for both."""
     hidden = hidden_matrices(gpt)
     moved = {p for matrices in hidden.values() for p in matrices}
-    precision = torch.bfloat16 if trains_in_bf16(options.mixed_precision, gpt.cls_embedding.weight.device) else torch.float32
+    precision = torch.bfloat16 if trains_in_bf16(options.mixed_precision, gpt.paradigm.norm.weight.device) else torch.float32
     groups = [{"params": matrices, "parts": parts} for parts, matrices in hidden.items()]
     return Together(Muon(groups, options.lr, options.weight_decay, precision),
                     adamw((p for p in gpt.parameters() if p not in moved), options))

@@ -4,12 +4,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from autoregressive.models.conditions import CONDITIONS
 from autoregressive.models.gpt import GPT_models
 from autoregressive.models.guidance import ATTENTION_WEIGHT
 from autoregressive.models.losses import ObjectiveOptions
 from autoregressive.models.paradigms import HEAD, PARADIGMS, WINDOW
 from autoregressive.models.transformer import GPTConfig
 from autoregressive.train.optimizers import OPTIMIZERS
+from autoregressive.train.sources import Told, find_source
 from utils.batches import BatchOptions
 from utils.code_map import CodeMap, load_code_map
 from utils.code_shards import CodeHeader, read_joint_header
@@ -50,8 +52,12 @@ class GPTOptions:
     """Side of the images in pixels; with --downsample-size it gives the grid."""
     downsample_size: Positive = 16
     """Pixels a grid cell covers along one axis."""
+    condition: Annotated[str, choices(CONDITIONS)] = "class"
+    """What images are asked for by: their class, or a caption whose features --code-path holds."""
     num_classes: Positive = 1000
     """Classes of the data set; those of the codes."""
+    caption_rotary: Literal["identity", "zero"] = "identity"
+    """Rotation of a caption's positions: none, or LlamaGen's zero rows, which give every word the same attention."""
     codebook_sizes: tuple[Positive, ...] = ()
     """Codes of each codebook, checked against the codes; empty: those of --code-path (after --code-map)."""
     paradigm: Annotated[str, choices(("auto", *PARADIGMS))] = "auto"
@@ -78,7 +84,7 @@ class GPTOptions:
     dropout: Fraction = 0.1
     """Dropout of tokens, residual branches and feed-forward layers."""
     class_dropout: Probability = 0.1
-    """Probability of training a sample without its class."""
+    """Probability of training a sample without its class or caption."""
 
 
 @dataclass
@@ -197,7 +203,8 @@ def recipe(config: TrainConfig) -> dict[str, Any]:
     # Both stages of CTF read one codebook through a map and train as LlamaGen does, also on pairs of labels.
     codebooks = 1 if code_map and code_map.coarse else len(codebook_sizes)
     row = RECIPES.get((codebooks, size, options.image_size // options.downsample_size))
-    defaults: dict[str, Any] = {"run_dir": Path(f"runs/{options.gpt_model}-{options.image_size}")}
+    kind = "" if options.condition == "class" else f"-{options.condition}"
+    defaults: dict[str, Any] = {"run_dir": Path(f"runs/{options.gpt_model}-{options.image_size}{kind}")}
     if row and codebooks == 2 and config.recipe == "released":
         row = released(row, size, config.parallel.sharded or size == "GPT-XXL")
     if row:
@@ -223,6 +230,22 @@ def known_codes(config: TrainConfig) -> tuple[tuple[int, ...], CodeMap | None]:
         return config.gpt.codebook_sizes or tuple(header.codebook_sizes), code_map
     code_map = load_code_map(config.codes.code_map) if config.codes.code_map else None
     return config.gpt.codebook_sizes or (tuple(code_map.codebook_sizes) if code_map else (256, 4096)), code_map
+
+
+def told(config: TrainConfig) -> Told:
+    """What the codes tell of the condition; nothing where there are no codes (a dry run).
+
+    Raises UserError where they hold no captions but --condition says so, or an option is of another condition.
+    """
+    options, default = config.gpt, GPTOptions()
+    for condition, row in CONDITIONS.items():
+        for name in row.own if condition != options.condition else ():
+            if (value := getattr(options, name)) != getattr(default, name):
+                raise UserError(f"{flag(name)} {value} is of --condition {condition} but --condition is {options.condition}: "
+                                "leave it out.")
+    if not all((folder / "header.json").exists() for folder in config.codes.code_path):
+        return Told()
+    return find_source(options.condition).tell(config.codes.code_path, "--code-path")
 
 
 def choose_paradigm(options: GPTOptions, codebook_sizes: tuple[int, ...], code_map: CodeMap | None) -> str:
@@ -263,19 +286,25 @@ def check_order(options: GPTOptions, paradigm: str) -> None:
         raise UserError(f"--order-anneal {start} {end} is upside down: give START END with START <= END.")
 
 
-def gpt_config(options: GPTOptions, codebook_sizes: tuple[int, ...], code_map: CodeMap | None = None) -> GPTConfig:
-    """The model that the options describe, for codes of the given codebooks; raises UserError for values that fit none."""
+def gpt_config(options: GPTOptions, codebook_sizes: tuple[int, ...], code_map: CodeMap | None = None,
+               caption: dict[str, Any] | None = None) -> GPTConfig:
+    """The model that the options describe, for codes of the given codebooks; caption: fields that the data tell (`Told`).
+
+    Raises UserError for values that fit none.
+    """
     require_multiple("--image-size", options.image_size, options.downsample_size, "--downsample-size")
     paradigm = choose_paradigm(options, codebook_sizes, code_map)
     check_order(options, paradigm)
     shape = GPT_models[options.gpt_model] | ({"head_layers": options.head_layers} if options.head_layers else {})
     require_multiple("--head-width", options.head_width, shape["dim"] // shape["n_head"], "the dimension of the trunk's heads")
-    return GPTConfig(
+    config = GPTConfig(
         **shape, num_classes=options.num_classes, codebook_sizes=codebook_sizes, paradigm=paradigm,
         context=options.context, grid_size=options.image_size // options.downsample_size, window_size=options.window_size,
         token_dropout=options.dropout, resid_dropout=options.dropout, ffn_dropout=options.dropout,
         class_dropout=options.class_dropout, rotary=options.rotary, head_rotary=options.head_rotary, order=options.order,
-        qk_norm=options.qk_norm, head_width=options.head_width)
+        qk_norm=options.qk_norm, head_width=options.head_width, condition=options.condition,  # type: ignore[arg-type]
+        caption_rotary=options.caption_rotary)
+    return replace(config, **(caption or {}))
 
 
 def check_codes(config: TrainConfig, model: GPTConfig, header: CodeHeader) -> None:
@@ -284,7 +313,7 @@ def check_codes(config: TrainConfig, model: GPTConfig, header: CodeHeader) -> No
     require_fit(header, " ".join(map(str, config.codes.code_path)), {
         "codebook_sizes": (wanted, "--codebook-sizes"),
         "grid_size": (model.grid_size, f"--image-size {config.gpt.image_size} / {config.gpt.downsample_size}"),
-        "num_classes": (model.num_classes, "--num-classes"),
+        **({"num_classes": (model.num_classes, "--num-classes")} if model.condition == "class" else {}),
     })
     size = config.objective.cluster_size
     if config.objective.cluster_weight and any(codes % size for codes in header.codebook_sizes):

@@ -1,4 +1,4 @@
-"""Train a class-conditional GPT on extracted codes: one loop for one device, DDP, FSDP2 and HSDP.
+"""Train a GPT on extracted codes, from classes or captions: one loop for one device, DDP, FSDP2 and HSDP.
 
 Paper section 4.3.3 (equation 14) and table 11, whose rows `--gpt-model` and the number of cells select (`options.py`); a
 typed flag wins over the recipe.  No step waits for the device: metrics are read when they are logged, and a step whose gradients
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.utils.data import DataLoader
 
+from autoregressive.models.conditions import each
 from autoregressive.models.gpt import GPT, GPTProvenance
 from autoregressive.models.guidance import sampling_preset
 from autoregressive.models.losses import objective
@@ -29,11 +30,12 @@ from autoregressive.train.dry_run import print_dry_run
 from autoregressive.train.estimate import fitted, measure
 from autoregressive.train.evaluate_c2i import evaluate, open_held_out
 from autoregressive.train.optimizers import make_optimizer
-from autoregressive.train.options import FIXED_OPTIONS, TrainConfig, check_codes, gpt_config, mapped_header, recipe
+from autoregressive.train.options import FIXED_OPTIONS, TrainConfig, check_codes, gpt_config, mapped_header, recipe, told
+from autoregressive.train.sources import find_source
 from utils.batches import GlobalBatches, StepPlan, plan_steps
 from utils.checkpoint import RunRecord, export, load_weights, read_initial
 from utils.code_map import CodeMap
-from utils.code_shards import CodeDataset, CodeHeader
+from utils.code_shards import CodeHeader
 from utils.config import UserError, parse, run_main, to_dict
 from utils.devices import compiles, memory_bytes, peak_flops
 from utils.distributed import Processes, parallelize, setup, synchronize_gradients
@@ -80,18 +82,18 @@ def step_orders(config: TrainConfig, model: GPTConfig, plan: StepPlan, step: int
     return draw_orders(share, model.cells, plan, config.run.seed, step, processes)
 
 
-def train_step(gpt: GPT, training: TrainState, loader: Iterator[tuple[Tensor, Tensor]], plan: StepPlan, config: TrainConfig,
+def train_step(gpt: GPT, training: TrainState, loader: Iterator[tuple[Any, ...]], plan: StepPlan, config: TrainConfig,
                run: Run, step: int) -> None:
-    """One optimizer step over the micro-batches of a global batch (equation 14)."""
+    """One optimizer step over the micro-batches of a global batch (equation 14); batches are those of `sources.py`."""
     device, orders = run.processes.device, step_orders(config, gpt.config, plan, step, run.processes)
     for micro in range(plan.accumulation):
         with run.timed("data"):
             batch = next(loader)
-        codes, labels = (t.to(device, non_blocking=True) for t in batch)
+        codes, given, *valid = (each(lambda part: part.to(device, non_blocking=True), field) for field in batch)
         synchronize_gradients(training.model, last=micro == plan.accumulation - 1)
         with autocast(config, device):
-            logits = training.model(labels, codes, orders[micro])
-            loss, parts = objective(logits, gpt.paradigm.targets(codes), config.objective)
+            logits = training.model(given, codes, orders[micro])
+            loss, parts = objective(logits, gpt.paradigm.targets(codes), config.objective, *valid)
         (loss / plan.accumulation).backward()
         run.metrics.add(parts)
     norm = clip_gradients(training.model.parameters(), config.optim.max_grad_norm)
@@ -103,11 +105,12 @@ def train_step(gpt: GPT, training: TrainState, loader: Iterator[tuple[Tensor, Te
     run.metrics.add({"gradient_norm": norm})
 
 
-def provenance(config: TrainConfig, model: GPTConfig, header: CodeHeader, code_map: CodeMap | None) -> GPTProvenance:
-    """What the exported file will say about the GPT beside its configuration."""
-    preset = sampling_preset(config.gpt.gpt_model, len(model.codebook_sizes), model.grid_size, config.recipe)
+def provenance(config: TrainConfig, model: GPTConfig, header: CodeHeader, code_map: CodeMap | None,
+               encoder: str = "") -> GPTProvenance:
+    """What the exported file will say about the GPT beside its configuration; encoder: that of its captions."""
+    preset = sampling_preset(config.gpt.gpt_model, len(model.codebook_sizes), model.grid_size, config.recipe, model.condition)
     about = GPTProvenance(config.gpt.gpt_model, header.tokenizer, header.image_size, tuple(header.class_names),
-                          ema=config.optim.ema_decay, sampling=preset)
+                          ema=config.optim.ema_decay, sampling=preset, encoder=encoder)
     if code_map and code_map.coarse:
         about.coarse, about.coarse_of = code_map.coarse, tuple(code_map.table[:, 0].tolist())
     return about
@@ -117,7 +120,7 @@ def provenance(config: TrainConfig, model: GPTConfig, header: CodeHeader, code_m
 class HeldOut:
     """Codes that are not trained on, and the fewest bits per image that they had so far."""
 
-    codes: CodeDataset
+    codes: Any  # a data set of `sources.py`
     batch_size: int
     fewest_bits: float = math.inf
 
@@ -166,12 +169,15 @@ def plan_work(config: TrainConfig, model: GPTConfig, processes: Processes) -> tu
 def train(config: TrainConfig, processes: Processes) -> None:
     """Train to the end, resuming where an earlier run of the same folder stopped."""
     header, code_map = mapped_header(config.codes)
-    model_config = gpt_config(config.gpt, tuple(header.codebook_sizes), code_map)
+    condition = told(config)
+    model_config = gpt_config(config.gpt, tuple(header.codebook_sizes), code_map, condition.fields)
     check_codes(config, model_config, header)
     config, work = plan_work(config, model_config, processes)
-    dataset = CodeDataset(*config.codes.code_path, seed=config.run.seed, transform=code_map.apply if code_map else None)
+    dataset = find_source(model_config.condition).dataset(*config.codes.code_path, seed=config.run.seed,
+                                                          transform=code_map.apply if code_map else None)
     plan = plan_steps(config.batch, len(dataset), processes.world_size)
-    about, coarse = provenance(config, model_config, header, code_map), {"coarse": code_map.coarse if code_map else ""}
+    about = provenance(config, model_config, header, code_map, condition.encoder)
+    coarse = {"coarse": code_map.coarse if code_map else ""}
     initial, begun_from = read_initial(config.init_from, "gpt")
     data = begun_from | {"tokenizer": header.tokenizer, "images_checksum": header.images_checksum}
     held_out = open_validation(config, model_config, about, plan)
