@@ -101,7 +101,7 @@ def test_a_plan_counts_the_positions_of_captions():
 def test_what_does_not_apply_is_refused(capsys, codes, models, tmp_path, monkeypatch):
     """Options of the other condition, no captions, other captions, and the other sampler: one sentence each."""
     options = text_options(codes, tmp_path / "run")
-    assert "--condition text" in refused(capsys, train_c2i.main, *options)  # no data set is registered
+    assert "holds no caption features" in refused(capsys, train_c2i.main, *options)
     monkeypatch.setitem(SOURCES, "text", TEXT)
     assert "--num-classes 3" in refused(capsys, train_c2i.main, *options, "--num-classes", 3)
     sentence = refused(capsys, train_c2i.main, *gpt_options(codes, tmp_path / "run"), "--caption-rotary", "zero")

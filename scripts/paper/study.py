@@ -29,7 +29,7 @@ from scripts.paper.study_parts import Figures, part_a, part_b
 from scripts.paper.study_report import write_report
 from scripts.paper.study_samples import part_c, part_d
 from scripts.paper.study_steps import Data, Lengths
-from utils.config import Count, Seed, UserError, choices, parse, run_main, to_dict
+from utils.config import AboveZero, Count, Seed, UserError, choices, parse, run_main, to_dict
 from utils.distributed import setup
 from utils.files import check_exists, check_writable, read_json, write_json
 from utils.run import set_up_logging
@@ -53,7 +53,7 @@ class StudyConfig:
     """VGG16's weights (torchvision's file) for LPIPS in part A; empty: a classifier's distance stands for it."""
     seeds: tuple[Seed, ...] = (0, 1, 2)
     """Seeds of B, C and the best row of beyond; the others use the first two."""
-    rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
+    rates: tuple[AboveZero, ...] = (2e-3, 4e-3, 8e-3)
     """Learning rates among which short trainings choose, for each system."""
     beyond: str = ""
     """The row of part beyond that part C sets beside the paper's systems."""
@@ -100,6 +100,9 @@ def main() -> None:
     set_up_logging(setup("cpu"))
     if config.beyond and config.beyond not in (names := [row.name for row in systems.BEYOND]):
         raise UserError(f"--beyond {config.beyond} is no row of part beyond: choose from {', '.join(names)}, or leave it empty.")
+    for option, values in (("--seeds", config.seeds), ("--rates", config.rates), ("--parts", config.parts)):
+        if len(set(values)) != len(values) or not values:
+            raise UserError(f"{option} {' '.join(map(str, values))} is empty or names a value twice: give each once.")
     root = config.out.resolve()
     cifar = Data(root, "cifar10", absolute(config.cifar10, "--cifar10"), config.lengths)
     fashion = Data(root, "fashion-mnist", absolute(config.fashion_mnist, "--fashion-mnist"), config.lengths)

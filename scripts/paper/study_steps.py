@@ -9,6 +9,7 @@ from pathlib import Path
 
 from scripts.paper.steps import Made, Own, Step, Word
 from scripts.paper.study_systems import Tokenizer
+from utils.config import Positive
 
 IMAGES_OF = {"cifar10": 50_000, "fashion-mnist": 60_000}
 IMAGES: tuple[Word, ...] = ("--image-size", 32, "--num-workers", 0)
@@ -20,19 +21,19 @@ DOWNSAMPLING = 4  # 8x8 cells: the head's 5x5 window covers 27% of the past
 class Lengths:
     """How long everything is trained, and on how much it is scored."""
 
-    classifier_epochs: tuple[int, int] = (2, 3)
+    classifier_epochs: tuple[Positive, Positive] = (2, 3)
     """Epochs of teacher and judge."""
-    tokenizer_steps: tuple[int, int] = (300, 900)
+    tokenizer_steps: tuple[Positive, Positive] = (300, 900)
     """Steps of a tokenizer's two phases, of 16 images."""
-    gpt_steps: int = 320
+    gpt_steps: Positive = 320
     """Steps of a GPT, of 64 images."""
-    pilot_steps: int = 80
+    pilot_steps: Positive = 80
     """Steps of a GPT in the search for its learning rate."""
-    evaluations: int = 4
+    evaluations: Positive = 4
     """Evaluations on the validation half along a GPT's training; the weights at each are kept."""
-    per_class: int = 200
+    per_class: Positive = 200
     """Samples of each class that are scored."""
-    tuning_per_class: int = 100
+    tuning_per_class: Positive = 100
     """Samples of each class by which guidance is tuned."""
 
 
