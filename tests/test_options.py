@@ -19,7 +19,7 @@ from utils.config import UserError, Values, check_options, declared_values, pars
 WORDS = {"--steps": "an integer of 0 or more", "--ema-decay": "a number from 0 to below 1", 
          "--device": "one of auto, cuda, cpu", "--lr": "a number of 0 or more", "--log-every": "an integer of 1 or more",
          "--window-size": "an odd integer of 3 or more", "--top-p": "a number above 0 to 1",
-         "--gpt-model": "one of GPT-tiny, GPT-small, GPT-B"}
+         "--gpt-model": "one of GPT-tiny, GPT-tiny-wide, GPT-small, GPT-B"}
 
 
 def check(sentence: str, option: str, value: str) -> None:
