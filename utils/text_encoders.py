@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from utils.captions import CLEANING
 from utils.checkpoint import fingerprint
-from utils.config import Count, Positive, UserError, choices, flag
+from utils.config import Count, UserError, choices, flag, interval
 from utils.untrusted import parse_json, printable, read_fields, shortened
 
 log = logging.getLogger("text")
@@ -189,7 +189,7 @@ class TextEncoderOptions:
     """t5: local folder, or name on the hub; left out: google/flan-t5-xl."""
     text_width: Count = 0
     """hashed: width of the features; 0: 256."""
-    text_length: Positive = 120
+    text_length: Annotated[int, interval(int, 2, 4096)] = 120
     """Most tokens of a caption; a longer one is cut."""
     caption_cleaning: Annotated[str, choices(CLEANING)] = "published"
     """Before encoding: as published (lower case, no links, markup, file names), the same after ftfy has mended, or none."""
