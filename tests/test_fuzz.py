@@ -1,5 +1,6 @@
 """Damaged and hostile files: each check by itself, and a small share of `scripts/fuzz.py`."""
 
+import enum
 import io
 import json
 import os
@@ -83,6 +84,31 @@ def test_a_sound_checkpoint_passes(checkpoint):
     weights = load_gpt(checkpoint).state_dict()
     _, read = read_checkpoint(checkpoint, "gpt", "--gpt-ckpt", tensors=True)
     assert all(torch.equal(weights[name], tensor) for name, tensor in read.items())
+
+
+class EnumsByName(pickle.Pickler):
+    """Pickles enumerations as Python before 3.11.4 does, by their members' names; kind: whose attribute is asked for instead."""
+
+    kind: type | None = None
+
+    def reducer_override(self, value):
+        """How the next object is taken apart."""
+        return (getattr, (self.kind or type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+
+
+@pytest.mark.parametrize("kind", [None, torch.Size])
+def test_a_checkpoint_of_an_older_python_is_read(checkpoint, kind, monkeypatch):
+    """Debian 12's Python pickles enumerations by getattr, which must give their members and nothing else."""
+    metadata, written = pickle.loads((checkpoint / ".metadata").read_bytes()), io.BytesIO()
+    monkeypatch.setattr(EnumsByName, "kind", kind)
+    EnumsByName(written).dump(metadata)
+    assert b"getattr" in written.getvalue()
+    (checkpoint / ".metadata").write_bytes(written.getvalue())
+    if kind is None:
+        assert check_checkpoint_files(checkpoint, "--run-dir") == metadata
+    else:
+        with pytest.raises(UserError, match="an attribute of other than an enumeration"):
+            check_checkpoint_files(checkpoint, "--run-dir")
 
 
 @pytest.mark.parametrize("kind", ["alone", "inside", "value"])

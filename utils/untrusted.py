@@ -5,6 +5,7 @@ checked against the fields of the configuration; a training checkpoint is checke
 """
 
 import dataclasses
+import enum
 import io
 import json
 import math
@@ -133,11 +134,20 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
+def _member(kind: Any, name: Any) -> Any:
+    """The member of an enumeration, which Python before 3.11.4 pickles as a getattr; raises UnpicklingError for other objects."""
+    if not (isinstance(kind, enum.EnumMeta) and name in kind.__members__):
+        raise pickle.UnpicklingError("it asks for an attribute of other than an enumeration")
+    return kind.__members__[name]
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     """Unpickles a checkpoint's metadata and nothing that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         """The class or dtype that the pickle asks for, where a checkpoint's metadata has it; raises UnpicklingError otherwise."""
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if (module, name) not in _METADATA_CLASSES and not (module == "torch" and isinstance(
                 getattr(torch, name, None), torch.dtype)):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no part of a checkpoint")
