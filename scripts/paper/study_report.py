@@ -214,7 +214,8 @@ def write_report(file: Path, folder: Path) -> None:
     text = ["# The study\n"]
     for part in (name for name in TITLES if study.get(name)):
         table, panels = section(part, study)
-        save_picture(draw(panels, size=(6.0, 4.2)), folder / f"study-{part}.png", dpi=90)
+        figure = draw(panels, size=(8.6, 4.0), columns=1)  # the rows' names are long
+        save_picture(figure, folder / f"study-{part}.png", dpi=90)
         text.append(f"## {TITLES[part]}\n\n{table}\n![{TITLES[part]}](study-{part}.png)\n")
     write_text(folder / "report.md", "\n".join(text))
 
