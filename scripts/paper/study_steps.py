@@ -48,6 +48,8 @@ class Data:
     lengths: Lengths = Lengths()
     batch: int = 64
     """Images in a step of a GPT."""
+    sampled: int = 250
+    """Samples drawn at once."""
 
     @property
     def images(self) -> Step:
@@ -145,7 +147,7 @@ class Data:
         """The judge's figures of samples along ranges of guidance, against a half: validation to choose by, test to report."""
         return Step(self.root, "sweep", f"{self.name}-{label}-{half}", (
             "scripts/paper/sweep_c2i.py", "--gpt-ckpt", gpt, "--vq-ckpt", decoder, "--per-class", self.lengths.tuning_per_class,
-            "--batch-size", 250, "--reference", Made(self.images, f"{half}.npz"), "--judge",
+            "--batch-size", self.sampled, "--reference", Made(self.images, f"{half}.npz"), "--judge",
             Made(self.classifier("judge"), "classifier.safetensors"), "--seed", seed, *options, "--ranges", *ranges,
             "--folder", Own("sweep")))
 
@@ -154,5 +156,5 @@ class Data:
         """Samples to score; alone: to time."""
         return Step(self.root, "samples", f"{self.name}-{label}", (
             "autoregressive/sample/sample_c2i_ddp.py", "--gpt-ckpt", gpt, "--vq-ckpt", decoder, "--per-class",
-            per_class or self.lengths.per_class, "--batch-size", 250, "--seed", seed, *options, "--out", Own("samples.npz")),
-            alone=alone)
+            per_class or self.lengths.per_class, "--batch-size", self.sampled, "--seed", seed, *options, "--out",
+            Own("samples.npz")), alone=alone)
