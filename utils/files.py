@@ -117,6 +117,14 @@ def check_writable(folder: Path, option: str) -> Path:
     return folder
 
 
+def check_file_to_write(path: Path, option: str) -> Path:
+    """Return `path` if a file can be written there, creating its folder; raises UserError naming `option` otherwise."""
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder: give the name of a file.")
+    check_writable(path.absolute().parent, f"the folder of {option},")
+    return path
+
+
 def check_exists(path: str | Path, option: str, what: str) -> Path:
     """Return `path` if it exists; raises UserError naming `option` and `what` it should be otherwise."""
     if not str(path) or not Path(path).exists():

@@ -23,9 +23,9 @@ from evaluations.c2i.evaluation_file import EvaluationFile
 from evaluations.c2i.features import FeatureSource
 from evaluations.c2i.metrics import SPLIT_SIZE, frechet_distance, precision_recall
 from utils.class_names import different_names
-from utils.config import Device, Positive, UserError, parse, run_main, to_dict
+from utils.config import Device, Positive, parse, run_main, to_dict
 from utils.distributed import choose_device
-from utils.files import check_writable, write_json
+from utils.files import check_file_to_write, write_json
 
 log = logging.getLogger("evaluator")
 
@@ -136,9 +136,7 @@ def main(args: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
     device = choose_device(config.device)
     if config.json is not None:
-        if config.json.is_dir():
-            raise UserError(f"--json {config.json} is a folder: give the name of a file.")
-        check_writable(config.json.absolute().parent, "the folder of --json,")
+        check_file_to_write(config.json, "--json")
     reference, sample = EvaluationFile(config.reference, "REF"), EvaluationFile(config.sample, "SAMPLE")
     purpose = resolve_purpose(config.purpose, sample)
     warnings = find_pitfalls(reference, sample, purpose)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from utils.config import Device, Positive, UserError, parse, run_main, to_dict
 from utils.distributed import choose_device
-from utils.files import check_exists, check_writable, write_json
+from utils.files import check_exists, check_file_to_write, write_json
 from utils.image_source import DECODER_ERRORS, decode
 from utils.npz import NPZ_ERRORS, array_header, array_keys, open_array
 from utils.text_encoders import load_pretrained, quiet_transformers
@@ -151,9 +151,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
     device = choose_device(config.device)
     if config.json is not None:
-        if config.json.is_dir():
-            raise UserError(f"--json {config.json} is a folder: give the name of a file.")
-        check_writable(config.json.absolute().parent, "the folder of --json,")
+        check_file_to_write(config.json, "--json")
     pairs = read_pairs(config.samples)
     scores = clip_scores(Clip(config.clip, device), pairs, config.batch_size)
     result = {"clip_score": float(scores.mean()), "standard_error": float(scores.std() / len(scores) ** 0.5) if len(scores) > 1

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -267,8 +267,3 @@ def spoken(seconds: float) -> str:
     """A time for people."""
     hours, minutes, seconds = int(seconds // 3600), int(seconds // 60 % 60), seconds % 60
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02.0f} s" if minutes else f"{seconds:.1f} s"
-
-
-def walk(steps: Iterable[Step], kind: str) -> Iterator[Step]:
-    """The steps of one kind among those given and what they need."""
-    return (step for step in in_order(steps) if step.kind == kind)
