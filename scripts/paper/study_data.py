@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its p
 import numpy as np
 
 from utils.config import UserError, parse, run_main
-from utils.files import check_exists, check_writable, replacing
-from utils.npz import NPZ_ERRORS
+from utils.files import check_writable, replacing
+from utils.images import open_images
 from utils.untrusted import shortened
 
 SIDE = 32  # pixels
@@ -37,24 +37,20 @@ class StudyDataConfig:
     data: Literal["cifar10", "fashion-mnist"] = "cifar10"
     """Which images; names the classes."""
     train: str = ""
-    """npz with `images` uint8 [N, H, W, 3] or [N, H, W] and `labels` [N]; empty: torchvision downloads them into --out."""
+    """Images and labels, as every command reads them; empty: torchvision downloads them into --out."""
     test: str = ""
     """The same of the test images."""
 
 
-def from_npz(path: str, option: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of a file; raises UserError naming `option` where it holds none."""
-    check_exists(path, option, "an npz of images")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            images, labels = file["images"], file["labels"]
-    except NPZ_ERRORS as error:
-        raise UserError(f"{option} {path} cannot be read ({shortened(error)}): give an npz with images and labels.") from error
-    shapes = [(side, side, *channels) for side in (28, SIDE) for channels in ((), (3,))]
-    if images.dtype != np.uint8 or images.shape[1:] not in shapes or labels.shape != images.shape[:1]:
-        raise UserError(f"{option} {path} has images of {images.dtype} {images.shape} and labels of {labels.shape}: give uint8 "
-                        "images of 28 or 32 pixels and a label each.")
-    return images, labels.astype(np.int64)
+def from_file(path: str, option: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [N, H, W, 3] and labels [N] of an npz or a folder; raises UserError naming `option` for other sizes."""
+    source = open_images(path, option)
+    images = [source.load(row) for row in range(len(source))]
+    shapes = {image.shape for image in images}
+    if len(shapes) != 1 or not shapes <= {(28, 28, 3), (SIDE, SIDE, 3)}:
+        raise UserError(f"{option} {path} has images of the sizes {sorted(shapes)[:3]}: give images of 28 or 32 pixels, all "
+                        "alike.")
+    return np.stack(images), source.labels.astype(np.int64)
 
 
 def downloaded(name: str, folder: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -96,7 +92,7 @@ def main() -> None:
     if bool(config.train) != bool(config.test):
         raise UserError(f"--train {config.train!r} and --test {config.test!r} go together: give both or none.")
     folder = check_writable(config.out, "--out")
-    sets = [from_npz(path, option) if path else downloaded(config.data, folder, option == "--train")
+    sets = [from_file(path, option) if path else downloaded(config.data, folder, option == "--train")
             for option, path in (("--train", config.train), ("--test", config.test))]
     (images, labels), (held_out, held_out_labels) = ((framed(found), numbers) for found, numbers in sets)
     validation, test = halves(held_out_labels)

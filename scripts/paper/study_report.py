@@ -18,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its p
 from scripts.paper.estimates import Estimate, at, differs, estimate, paired, verdict
 from scripts.paper.plots import Curve, Panel, draw
 from scripts.paper.table import markdown_table
-from utils.config import parse, run_main
+from utils.config import UserError, parse, run_main
 from utils.files import check_writable, read_json, write_text
 from utils.pictures import save_picture
+from utils.untrusted import shortened
 
 Row = Mapping[str, Any]
 Rows = Mapping[str, Row]
@@ -211,9 +212,14 @@ def section(part: str, study: Row) -> tuple[str, list[Panel]]:
 def write_report(file: Path, folder: Path) -> None:
     """Write report.md and study-PART.png of the figures in `file`; raises UserError where it is no study."""
     study = read_json(file, "--study", "the study's figures")
+    if not isinstance(study, dict) or not study.keys() & TITLES.keys():
+        raise UserError(f"--study {file} has none of the parts {', '.join(TITLES)}: give study.json of study.py.")
     text = ["# The study\n"]
     for part in (name for name in TITLES if study.get(name)):
-        table, panels = section(part, study)
+        try:
+            table, panels = section(part, study)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"--study {file} has a part {part} that is none ({shortened(error)}): run it again.") from error
         figure = draw(panels, size=(8.6, 4.0), columns=1)  # the rows' names are long
         save_picture(figure, folder / f"study-{part}.png", dpi=90)
         text.append(f"## {TITLES[part]}\n\n{table}\n![{TITLES[part]}](study-{part}.png)\n")
