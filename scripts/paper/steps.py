@@ -145,7 +145,7 @@ class Runner:
     """Runs steps on workers: shares of the CPU's threads, or GPUs."""
 
     def __init__(self, workers: int = 1, gpus: int = 0, dry: bool = False) -> None:
-        """workers: commands at a time; gpus: of this machine, dealt out to the workers in turn, 0: threads are shared;
+        """workers: commands at a time; gpus: of this machine, dealt out to the workers in turn;
         dry: print the commands, run none."""
         self.workers, self.gpus, self.dry = workers, gpus, dry
         self.printed: set[Path] = set()
@@ -172,12 +172,11 @@ class Runner:
                 self.printed.add(step.folder)
 
     def environment(self, worker: int) -> dict[str, str]:
-        """What a worker's commands may use: its GPU, or its share of the threads."""
-        if self.gpus:
-            return os.environ | {"CUDA_VISIBLE_DEVICES": str(worker % self.gpus)} if self.workers > 1 else dict(os.environ)
+        """What a worker's commands may use: its share of the threads, and its GPU, which several share if there are fewer."""
         if self.workers == 1:
             return dict(os.environ)
-        return os.environ | {"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // self.workers, 1))}
+        gpu = {"CUDA_VISIBLE_DEVICES": str(worker % self.gpus)} if self.gpus else {}
+        return os.environ | gpu | {"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // self.workers, 1))}
 
 
 class _Schedule:

@@ -12,6 +12,7 @@ from scripts.paper.study_systems import Tokenizer
 from utils.config import Positive
 
 IMAGES_OF = {"cifar10": 50_000, "fashion-mnist": 60_000}
+UNCOMPILED: tuple[Word, ...] = ("--compile", "off")  # trainings of minutes: compiling them would take as long
 IMAGES: tuple[Word, ...] = ("--image-size", 32, "--num-workers", 0)
 BEST = "run/best/gpt.safetensors"  # by early stopping
 DOWNSAMPLING = 4  # 8x8 cells: the head's 5x5 window covers 27% of the past
@@ -81,7 +82,7 @@ class Data:
             Made(self.images, "validation.npz"), "--val-limit", 1000, *IMAGES, *self.perceptual, "--recipe", "equal",
             "--vq-model", "VQ-4-small", "--quantizer", row.quantizer, "--codebook-sizes", *row.sizes, "--global-batch-size", 16,
             "--lr", 1e-3, "--lr-end", 1e-4, "--ema-decay", 0.99, "--no-random-crop", "--log-every", 50,
-            "--checkpoint-every", 400, "--seed", seed, "--run-dir", Own())
+            "--checkpoint-every", 400, *UNCOMPILED, "--seed", seed, "--run-dir", Own())
         kind, label = ("-".join(map(str, (self.name, name, *row.sizes, f"seed{seed}"))) for name in (row.quantizer, row.name))
         care: tuple[Word, ...] = ("--revive-every", 50) if row.init == "kmeans" else ()
         start: tuple[Word, ...] = ("--codebook-init", row.init, "--kmeans-vectors", 32768, *care)
@@ -120,7 +121,7 @@ class Data:
         """Options of a GPT's training on the codes of a tokenizer, but for its length and folder."""
         return ("--image-size", 32, "--downsample-size", DOWNSAMPLING, "--num-classes", 10, "--code-path",
                 Made(self.codes(tokenizer, "train"), "codes"), "--data-parallel", "none", "--num-workers", 0, "--dropout", 0,
-                "--global-batch-size", self.batch, "--lr", lr, "--warmup-steps", 50, "--ema-decay", 0.99, *options)
+                "--global-batch-size", self.batch, "--lr", lr, "--warmup-steps", 50, "--ema-decay", 0.99, *UNCOMPILED, *options)
 
     def gpt(self, name: str, tokenizer: Step, options: tuple[Word, ...], lr: float, seed: int, pilot: bool = False,
             keep: int = 0) -> Step:
@@ -148,7 +149,7 @@ class Data:
         return Step(self.root, "sweep", f"{self.name}-{label}-{half}", (
             "scripts/paper/sweep_c2i.py", "--gpt-ckpt", gpt, "--vq-ckpt", decoder, "--per-class", self.lengths.tuning_per_class,
             "--batch-size", self.sampled, "--reference", Made(self.images, f"{half}.npz"), "--judge",
-            Made(self.classifier("judge"), "classifier.safetensors"), "--seed", seed, *options, "--ranges", *ranges,
+            Made(self.classifier("judge"), "classifier.safetensors"), "--seed", seed, "--decode", "eager", *options, "--ranges", *ranges,
             "--folder", Own("sweep")))
 
     def samples(self, label: str, gpt: Made, decoder: Made, options: tuple[Word, ...], seed: int, per_class: int = 0,
