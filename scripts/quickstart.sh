@@ -35,6 +35,7 @@ phase() {
 clock() { keep "$OUT/phases/.$1" $(( $(date +%s) - $2 )); }
 
 SHAPE=(--image-size 32 --num-workers 0)
+UNCOMPILED=(--compile off)  # on a GPU compiling takes longer than trainings of this length
 PERCEPTUAL=(--perceptual-net classifier --perceptual-file "$OUT/teacher.safetensors")
 
 # Two classifiers: one teaches the tokenizer what looks alike, the other, wider and of another seed, judges.
@@ -50,7 +51,8 @@ tokenizer() {
         --run-dir "$OUT/vq" --data-path ${DATA}_train.npz --val-path ${DATA}_test.npz \
         --vq-model VQ-8-small --codebook-sizes 128 512 "${SHAPE[@]}" "${PERCEPTUAL[@]}" --no-random-crop --no-random-flip \
         --global-batch-size 16 --lr 1e-3 --lr-end 5e-5 --ema-decay 0.99 --codebook-init kmeans \
-        --kmeans-vectors 32768 --log-every 50 --checkpoint-every 250 --mixed-precision none
+        --kmeans-vectors 32768 --log-every 50 --checkpoint-every 250 --mixed-precision none \
+        "${UNCOMPILED[@]}"
 }
 phase tokenizer tokenizer
 
@@ -61,11 +63,11 @@ gpt() {
     NPROC=1 supervised bash scripts/autoregressive/train_c2i.sh --gpt-model GPT-tiny --image-size 32 --downsample-size 8 \
         --codebook-sizes 128 512 --num-classes 10 --code-path "$OUT/codes" --run-dir "$OUT/gpt" --data-parallel none \
         --steps "$(steps 520)" --global-batch-size 128 --lr 2e-3 --lr-end 2e-4 --lr-schedule cosine --warmup-steps 20 \
-        --ema-decay 0.99 --num-workers 0 --log-every 20 --checkpoint-every 100
+        --ema-decay 0.99 --num-workers 0 --log-every 20 --checkpoint-every 100 "${UNCOMPILED[@]}"
 }
 phase gpt gpt
 
-MODELS=(--gpt-ckpt "$OUT/gpt" --vq-ckpt "$OUT/vq/dual")
+MODELS=(--gpt-ckpt "$OUT/gpt" --vq-ckpt "$OUT/vq/dual" --decode eager)
 sample() {
     python autoregressive/sample/sample_c2i_ddp.py "${MODELS[@]}" --per-class "$(steps 100 2)" --batch-size 250 "$@"
 }
