@@ -35,7 +35,7 @@ class SomeValid(Captions):
         return *super().__getitems__(items), torch.tensor([index % 7 != 3 for _, index in items])
 
 
-def tell(folders, option):
+def tell(folders, option, captions):
     """The shape of these captions."""
     return Told({"caption_length": LENGTH, "caption_dim": WIDTH}, ENCODER)
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from autoregressive.models.attention import Attend, causal_attention, full_attention
 from autoregressive.models.local_head import HeadState, LocalContext, LocalContextHead, at_head_width, mlp
-from autoregressive.models.transformer import GPTConfig, RunBlock
+from autoregressive.models.transformer import GPTConfig, Norm, RunBlock
 
 # (logits [B, K_c], stream, cell [1]) -> codes [B].
 Pick = Callable[[Tensor, int, Tensor], Tensor]
@@ -59,7 +59,7 @@ class Paradigm(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = nn.ModuleList(nn.Embedding(size, config.dim) for size in config.codebook_sizes)
-        self.norm = nn.RMSNorm(width or config.dim, config.norm_eps)
+        self.norm = Norm(width or config.dim, config.norm_eps)
         self.outputs = nn.ModuleList(outputs)
 
     @property

@@ -85,11 +85,12 @@ class FeedForward(nn.Module):
         return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
 
 
-class HeadNorm(nn.RMSNorm):
-    """RMSNorm over a head's dimension, in the precision of what it is given: queries and keys must keep the values' type."""
+class Norm(nn.RMSNorm):
+    """RMSNorm in the precision of what it is given: queries and keys keep the values' type, and one kernel does it, which torch
+    has for input and weights of one type alone."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D/H] -> [..., D/H]."""
+        """[..., E] -> [..., E]."""
         return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps).type_as(x)
 
 
@@ -107,7 +108,7 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.dropout = nn.Dropout(config.resid_dropout)
         head_dim = config.dim // config.n_head
-        self.qk_norms = nn.ModuleList(HeadNorm(head_dim, config.norm_eps) for _ in range(2)) if config.qk_norm else None
+        self.qk_norms = nn.ModuleList(Norm(head_dim, config.norm_eps) for _ in range(2)) if config.qk_norm else None
 
     def project(self, x: Tensor, rotary: Tensor | None, skip: int) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, D] -> keys and values [B, H, T, D/H] and the queries of all but the first `skip` positions."""
@@ -126,9 +127,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, attend: Attend = causal_attention) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.attention_norm = Norm(config.dim, config.norm_eps)
         self.attention = Attention(config)
-        self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = Norm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
         self.attend = attend
 

@@ -32,8 +32,11 @@ from utils.distributed import Processes, all_reduce_sum, setup
 from utils.files import check_writable, write_json
 from utils.run import set_up_logging
 from utils.shards import require_fit
+from utils.text_shards import CaptionOptions
 
 log = logging.getLogger("evaluate_c2i")
+
+WHOLE = CaptionOptions(short_captions=0.0)  # beside the codes, none of them short
 
 
 @dataclass
@@ -68,12 +71,12 @@ def open_held_out(config: GPTConfig, about: GPTProvenance, model: str, code_path
         "codebook_sizes": (list(config.codebook_sizes), model), "grid_size": (config.grid_size, model),
         **({"num_classes": (config.num_classes, model)} if config.condition == "class" else {})}, option)
     source = find_source(config.condition)
-    require_told(source.tell([code_path], option), config, about, f"{option} {code_path}", model)
+    require_told(source.tell([code_path], option, WHOLE), config, about, f"{option} {code_path}", model)
     require_same_names(tuple(header.class_names), about.class_names, f"{option} {code_path}", model)
     if about.tokenizer not in ("", header.tokenizer):
         raise UserError(f"{option} {code_path} has codes of {header.tokenizer} but {model} was trained on those of "
                         f"{about.tokenizer}: give codes of the same tokenizer, or the --code-map of the training.")
-    return source.dataset(code_path, transform=found.apply if found else None)
+    return source.dataset(code_path, transform=found.apply if found else None, **source.chosen(WHOLE))
 
 
 def require_told(told: Told, config: GPTConfig, about: GPTProvenance, what: str, model: str) -> None:

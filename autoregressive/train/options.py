@@ -21,6 +21,7 @@ from utils.distributed import nodes
 from utils.optim import OptimOptions, typed_schedule
 from utils.run import RunOptions
 from utils.shards import require_fit
+from utils.text_shards import CaptionOptions
 
 
 @dataclass
@@ -131,6 +132,7 @@ class TrainConfig:
     codes: CodeOptions
     run: RunOptions
     gpt: GPTOptions
+    captions: CaptionOptions
     objective: ObjectiveOptions
     parallel: ParallelOptions
     batch: BatchOptions = field(default_factory=lambda: BatchOptions(epochs=300, global_batch_size=256))
@@ -243,9 +245,13 @@ def told(config: TrainConfig) -> Told:
             if (value := getattr(options, name)) != getattr(default, name):
                 raise UserError(f"{flag(name)} {value} is of --condition {condition} but --condition is {options.condition}: "
                                 "leave it out.")
+    for name, value in vars(config.captions).items():
+        if options.condition != "text" and value != getattr(CaptionOptions, name):
+            raise UserError(f"{flag(name)} {value} is of captions but --condition is {options.condition}: leave it out, or give "
+                            "--condition text.")
     if not all((folder / "header.json").exists() for folder in config.codes.code_path):
         return Told()
-    return find_source(options.condition).tell(config.codes.code_path, "--code-path")
+    return find_source(options.condition).tell(config.codes.code_path, "--code-path", config.captions)
 
 
 def choose_paradigm(options: GPTOptions, codebook_sizes: tuple[int, ...], code_map: CodeMap | None) -> str:

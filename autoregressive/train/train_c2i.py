@@ -173,8 +173,9 @@ def train(config: TrainConfig, processes: Processes) -> None:
     model_config = gpt_config(config.gpt, tuple(header.codebook_sizes), code_map, condition.fields)
     check_codes(config, model_config, header)
     config, work = plan_work(config, model_config, processes)
-    dataset = find_source(model_config.condition).dataset(*config.codes.code_path, seed=config.run.seed,
-                                                          transform=code_map.apply if code_map else None)
+    source = find_source(model_config.condition)
+    dataset = source.dataset(*config.codes.code_path, seed=config.run.seed, transform=code_map.apply if code_map else None,
+                             **source.chosen(config.captions))
     plan = plan_steps(config.batch, len(dataset), processes.world_size)
     about = provenance(config, model_config, header, code_map, condition.encoder)
     coarse = {"coarse": code_map.coarse if code_map else ""}
@@ -214,9 +215,9 @@ def train(config: TrainConfig, processes: Processes) -> None:
     run.close()
 
 
-def main() -> None:
-    """Parse options and train."""
-    config = parse(TrainConfig, recipe)
+def main(*words: str) -> None:
+    """Parse options and train; words: options before those of the command line, which win."""
+    config = parse(TrainConfig, recipe, [*words, *sys.argv[1:]])
     processes = setup(config.run.device)
     if config.devices.dry_run:
         if processes.is_main:
