@@ -20,6 +20,7 @@ from scripts.paper.study_report import write_report
 from scripts.paper.study_samples import equal_time, part_c, part_d
 from scripts.paper.study_steps import Data, Lengths
 from tests.conftest import REPOSITORY, call
+from utils.config import to_dict
 from utils.files import write_json
 
 TINY = Lengths(classifier_epochs=(1, 1), tokenizer_steps=(2, 2), gpt_steps=4, pilot_steps=2, evaluations=2, per_class=1,
@@ -138,13 +139,15 @@ def test_parts_run_to_their_report(tmp_path, files, monkeypatch):
         "B": part_b(data, {systems.B[0]: (0, 1), systems.IAR2: (0, 1)}, rates, runner),
         "D": part_d(data, systems.D[:1], (0,), rates, runner),
     }
-    write_json(tmp_path / "study.json", figures)
+    made = dict.fromkeys(figures, {"machine": "a machine", **to_dict(TINY)})
+    write_json(tmp_path / "study.json", figures | {"made": made})
     write_report(tmp_path / "study.json", tmp_path)
     report = (tmp_path / "report.md").read_text()
     labels = (rows["associated"].label, systems.B[0].label, systems.D[0].label)
     assert all(f"| {label} |" in report for label in labels) and len(list(tmp_path.glob("study-*.png"))) == 3
     saved = json.loads((tmp_path / "study.json").read_text())
     assert set(saved["B"]["compressed"]["seeds"]) == {"0", "1"} and "one seed" in report
+    assert "On a machine: tokenizers of" in report
 
 
 def test_a_dry_run_writes_nothing(tmp_path, capsys):

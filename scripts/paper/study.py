@@ -52,7 +52,7 @@ class StudyConfig:
     vgg: str = ""
     """VGG16's weights (torchvision's file) for LPIPS in part A; empty: a classifier's distance stands for it."""
     seeds: tuple[Seed, ...] = (0, 1, 2)
-    """Seeds of B, C and the best row of beyond; the others use the first two."""
+    """Seeds of B, beyond and C; A and D use the first two."""
     rates: tuple[AboveZero, ...] = (2e-3, 4e-3, 8e-3)
     """Learning rates among which short trainings choose, for each system."""
     beyond: str = ""
@@ -78,6 +78,12 @@ def make_runner(config: StudyConfig) -> Runner:
     return Runner(config.workers or gpus or len(os.sched_getaffinity(0)), gpus, config.dry)
 
 
+def machine(gpus: int) -> str:
+    """What the study runs on, for the report."""
+    name = f"{gpus} {torch.cuda.get_device_name()}" if gpus else f"{len(os.sched_getaffinity(0))} CPU cores"
+    return f"{name}, torch {torch.__version__.partition('+')[0]}"
+
+
 def run_part(part: str, config: StudyConfig, cifar: Data, fashion: Data, runner: Runner) -> Figures:
     """The figures of one part."""
     seeds, few = config.seeds, config.seeds[:2]
@@ -87,8 +93,7 @@ def run_part(part: str, config: StudyConfig, cifar: Data, fashion: Data, runner:
     if part == "B":
         return part_b(cifar, dict.fromkeys(systems.B, seeds), config.rates, runner)
     if part == "beyond":
-        rows = {row: seeds if row in (systems.IAR2, beyond) else few for row in (systems.IAR2, *systems.BEYOND)}
-        return part_b(cifar, rows, config.rates, runner)
+        return part_b(cifar, dict.fromkeys((systems.IAR2, *systems.BEYOND), seeds), config.rates, runner)
     if part == "C":
         return part_c(fashion, beyond, seeds, config.rates, runner)
     return part_d(fashion, systems.D, few, config.rates, runner)
@@ -116,7 +121,8 @@ def main() -> None:
         figures = run_part(part, config, cifar, fashion, runner)
         if not config.dry:
             study = read_json(file, "--out", "the study's figures") if file.exists() else {}
-            write_json(file, study | {part: figures, "lengths": to_dict(config.lengths)})
+            made = {"machine": machine(runner.gpus), **to_dict(config.lengths)}
+            write_json(file, study | {part: figures, "made": study.get("made", {}) | {part: made}})
             write_report(file, root)
     if not config.dry:
         print((root / "report.md").read_text())

@@ -26,6 +26,7 @@ from utils.untrusted import shortened
 Row = Mapping[str, Any]
 Rows = Mapping[str, Row]
 Seeds = dict[int, float]
+BATCH = 64  # images in a step of a GPT
 BASE = {"A": "associated", "B": "compressed", "beyond": "compressed", "C": "iar2", "D": "constant"}  # what others are set against
 
 
@@ -197,16 +198,23 @@ TITLES = {
 }
 
 
+def made_by(made: Row) -> str:
+    """On what and for how long a part was trained."""
+    first, second = made["tokenizer_steps"]
+    return (f"On {made['machine']}: tokenizers of {first} + {second} steps of 16 images, GPTs of {made['gpt_steps']} steps of "
+            f"{BATCH} images, learning rates chosen after {made['pilot_steps']} steps.")
+
+
 def section(part: str, study: Row) -> tuple[str, list[Panel]]:
     """The table and the panels of a part."""
-    figures, batch = study[part], 64
+    figures = study[part]
     if part == "A":
         return tokenizers(figures)
     if part == "C":
         return whole_systems(figures)
     if part == "D":
         return schedules(figures)
-    return paradigms(figures, figures[BASE[part]], batch)
+    return paradigms(figures, figures[BASE[part]], BATCH)
 
 
 def write_report(file: Path, folder: Path) -> None:
@@ -217,12 +225,12 @@ def write_report(file: Path, folder: Path) -> None:
     text = ["# The study\n"]
     for part in (name for name in TITLES if study.get(name)):
         try:
-            table, panels = section(part, study)
+            (table, panels), made = section(part, study), made_by(study["made"][part])
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"--study {file} has a part {part} that is none ({shortened(error)}): run it again.") from error
         figure = draw(panels, size=(8.6, 4.0), columns=1)  # the rows' names are long
         save_picture(figure, folder / f"study-{part}.png", dpi=90)
-        text.append(f"## {TITLES[part]}\n\n{table}\n![{TITLES[part]}](study-{part}.png)\n")
+        text.append(f"## {TITLES[part]}\n\n{made}\n\n{table}\n![{TITLES[part]}](study-{part}.png)\n")
     write_text(folder / "report.md", "\n".join(text))
 
 

@@ -149,8 +149,8 @@ class Data:
         return Step(self.root, "sweep", f"{self.name}-{label}-{half}", (
             "scripts/paper/sweep_c2i.py", "--gpt-ckpt", gpt, "--vq-ckpt", decoder, "--per-class", self.lengths.tuning_per_class,
             "--batch-size", self.sampled, "--reference", Made(self.images, f"{half}.npz"), "--judge",
-            Made(self.classifier("judge"), "classifier.safetensors"), "--seed", seed, "--decode", "eager", *options, "--ranges", *ranges,
-            "--folder", Own("sweep")))
+            Made(self.classifier("judge"), "classifier.safetensors"), "--seed", seed, "--decode", "eager", *options, "--ranges",
+            *ranges, "--folder", Own("sweep")))
 
     def samples(self, label: str, gpt: Made, decoder: Made, options: tuple[Word, ...], seed: int, per_class: int = 0,
                 alone: bool = False) -> Step:
