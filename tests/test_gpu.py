@@ -1,5 +1,6 @@
 """What only a GPU can show: `pytest -m gpu`, part of scripts/gpu_check.sh; skipped without one."""
 
+import copy
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -51,8 +52,8 @@ def test_compiled_and_captured_codes_are_those_of_the_cpu(paradigm):
 
 def test_captured_codes_from_captions_are_those_of_the_cpu():
     """The pass over the caption is not captured, what it writes is read by every graph: over captions of several lengths."""
-    config = replace(TINY_GPT, condition="text", caption_length=6, caption_dim=10)
-    there, here = randomise(GPT(config)), place(randomise(GPT(config)), torch.device("cuda"), torch.float32)
+    there = randomise(GPT(replace(TINY_GPT, condition="text", caption_length=6, caption_dim=10)))
+    here, config = place(copy.deepcopy(there), torch.device("cuda"), torch.float32), there.config
     decoders = [Decoder(there), Decoder(here, "eager"), Decoder(here, "compiled")]
     for seed, lengths in enumerate(((6, 4, 1, 2), (1, 6, 3, 3), (2, 2, 5, 6))):
         uniforms = draw_uniforms(seed, np.arange(4), 2, config.cells)

@@ -1,8 +1,11 @@
 """What a device can do and hold, and what suits it: a table of published figures, what the driver says, and defaults."""
 
+from collections.abc import Callable, Iterable
 from typing import Annotated
 
 import torch
+import torch._dynamo
+from torch import nn
 
 from utils.config import choices
 
@@ -35,6 +38,19 @@ Compile = Annotated[str, choices(("auto", "on", "off"))]
 def compiles(option: str, device: torch.device) -> bool:
     """Whether to compile for a device; auto: on GPUs, where it fuses what would pass through their memory again and again."""
     return option == "on" or (option == "auto" and device.type == "cuda")
+
+
+# For graphs whose sizes may be symbols: inductor's analysis of coalesced reads is not made for those and fails on some, so that
+# nothing is compiled (PyTorch issue 197077; seen with 2.11 on an H100).
+SYMBOLIC_SIZES: dict[str, str | int | bool | Callable[..., object]] = {"triton.coalesce_tiling_analysis": False}
+_VARIANTS = 32  # of one function: shapes and options of trunk, head and last layer, in training and evaluation
+
+
+def compile_layers(layers: Iterable[nn.Module]) -> None:
+    """Compile layers that share their code, every shape by itself: trunk and head would be one graph of symbolic sizes."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
+    for layer in layers:
+        layer.compile(dynamic=False)
 
 
 def image_layout(device: torch.device) -> torch.memory_format:

@@ -1,7 +1,7 @@
 """Ways to run a decoded step: eagerly, or compiled, which on a GPU is also replayed as a CUDA graph.
 
 All run the same function, whose state lies in buffers at fixed addresses.  One compilation serves all lengths of keys; a graph
-serves the steps that read as many keys and predict the same streams.  Graphs have not been tried on a GPU yet.
+serves the steps that read as many keys and predict the same streams.
 """
 
 from collections.abc import Callable, Hashable
@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 import torch._dynamo
 from torch import Tensor
+
+from utils.devices import SYMBOLIC_SIZES
 
 # (model, state, keys [S] that attention reads, streams to predict): advances the state in place.
 Step = Callable[[Any, Any, Tensor, tuple[int, ...]], None]
@@ -25,7 +27,7 @@ def eager(step: Step, device: torch.device) -> Step:
 
 def compiled(step: Step, device: torch.device) -> Step:
     """The function compiled as a whole, at its first call for each choice of streams; on a GPU captured as well."""
-    whole = torch.compile(step, fullgraph=True)
+    whole = torch.compile(step, fullgraph=True, options=SYMBOLIC_SIZES)
 
     def run(model: Any, state: Any, keys: Tensor, streams: tuple[int, ...]) -> None:
         torch._dynamo.maybe_mark_dynamic(keys, 0)  # else a second number of keys would be compiled again
@@ -77,7 +79,8 @@ class Mode(NamedTuple):
 
 
 MODES = {"eager": Mode(eager, lambda function: function, exact_on_cpu=True, packs=True),
-         "compiled": Mode(compiled, partial(torch.compile, fullgraph=True), exact_on_cpu=False, packs=False)}
+         "compiled": Mode(compiled, partial(torch.compile, fullgraph=True, options=SYMBOLIC_SIZES), exact_on_cpu=False,
+                          packs=False)}
 
 
 def find_mode(name: str, device: torch.device) -> Mode:

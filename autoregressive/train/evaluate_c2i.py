@@ -105,14 +105,15 @@ def stream_nats(gpt: GPT, given: Given, codes: Tensor, coarse_of: Tensor | None)
 def evaluate(gpt: GPT, dataset: Any, batch_size: int, processes: Processes) -> dict[str, float]:
     """Figures over all images: nats_NAME per code of each stream, bits_per_image, images.
 
-    dataset: one of `sources.py`; samples that are not valid do not count.  Every process makes as many passes, as sharded models
-    need; those that have no image left count none.
+    dataset: one of `sources.py`; samples that are not valid do not count.  Every process makes as many passes of one shape, as
+    sharded and compiled models need; images that are not left count none.
     """
     share, streams = -(-len(dataset) // processes.world_size), len(gpt.paradigm.outputs)
+    batch_size = min(batch_size, share)
     coarse_of = torch.tensor(gpt.provenance.coarse_of, device=processes.device) if gpt.provenance.coarse_of else None
     sums = torch.zeros(streams + 1, dtype=torch.float64, device=processes.device)   # nats, images
     for first in tqdm(range(0, share, batch_size), desc="evaluate", unit="batches", disable=not processes.is_main, leave=False):
-        rows = np.arange(first, min(first + batch_size, share)) * processes.world_size + processes.rank
+        rows = np.arange(first, first + batch_size) * processes.world_size + processes.rank
         batch = dataset.__getitems__([(0, row) for row in rows.clip(max=len(dataset) - 1)])
         codes, given, *valid = (each(lambda part: part.to(processes.device), field) for field in batch)
         nats = stream_nats(gpt, given, codes, coarse_of).double()                  # [B, C']

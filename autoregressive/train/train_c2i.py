@@ -37,7 +37,7 @@ from utils.checkpoint import RunRecord, export, load_weights, read_initial
 from utils.code_map import CodeMap
 from utils.code_shards import CodeHeader
 from utils.config import UserError, parse, run_main, to_dict
-from utils.devices import compiles, memory_bytes, peak_flops
+from utils.devices import compile_layers, compiles, memory_bytes, peak_flops
 from utils.distributed import Processes, parallelize, setup, synchronize_gradients
 from utils.ema import EMA
 from utils.optim import clip_gradients, learning_rate, set_learning_rate, step_if_finite, trains_in_bf16
@@ -58,8 +58,7 @@ def set_up(config: TrainConfig, model_config: GPTConfig, initial: dict[str, Tens
     gpt.activation_checkpointing = config.parallel.activation_checkpointing
     gpt.to(processes.device)
     if compiles(config.parallel.compile, processes.device):
-        for block in gpt.blocks:
-            block.compile()
+        compile_layers(gpt.blocks)
     bf16 = trains_in_bf16(config.optim.mixed_precision, processes.device)
     model = parallelize(gpt, gpt.blocks, config.parallel.data_parallel, processes, bf16, config.parallel.shard_size)
     optimizer = make_optimizer(gpt, config.optim, config.optimizer)

@@ -40,7 +40,7 @@ from tokenizer.tokenizer_image.vq_options import FIXED_OPTIONS, VQTrainConfig, q
 from utils.batches import GlobalBatches, StepPlan, plan_steps
 from utils.checkpoint import RunRecord, export, fingerprint, load_weights, read_export, read_initial
 from utils.config import UserError, parse, require_multiple, run_main, to_dict
-from utils.devices import compiles, image_layout
+from utils.devices import SYMBOLIC_SIZES, compiles, image_layout
 from utils.distributed import Processes, average_gradients, setup
 from utils.ema import EMA
 from utils.image_dataset import ImageDataset, train_loader
@@ -211,8 +211,8 @@ def set_up(config: VQTrainConfig, initial: dict[str, Tensor], processes: Process
     loss = build_loss(config, processes.device)
     model.to(processes.device).to(memory_format=image_layout(processes.device))
     if compiles(config.compile, processes.device):
-        model.encoder.compile()
-        model.decoder.compile()
+        model.encoder.compile(options=SYMBOLIC_SIZES)  # evaluation brings other batches
+        model.decoder.compile(options=SYMBOLIC_SIZES)
     if config.stage == "semantic":
         model.quantizer.trained(1).requires_grad_(False)
     betas = options.beta1, options.beta2
