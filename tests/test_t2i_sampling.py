@@ -16,6 +16,8 @@ from autoregressive.sample import sample_t2i, sample_t2i_ddp
 from autoregressive.sample.layouts import write_folder
 from autoregressive.sample.pipeline import ModelOptions, Pipeline
 from autoregressive.sample.prompts import PromptConditions, load_encoder
+from evaluations.c2i.evaluation_file import EvaluationFile
+from evaluations.c2i.evaluator import find_pitfalls
 from evaluations.t2i.clip_score import read_pairs
 from scripts.fuzz_commands import evaluate_few_features
 from tests.conftest import TINY_GPT, TINY_VQ, call, command, export_models, randomise
@@ -118,10 +120,12 @@ def test_both_evaluations_read_the_npz(world, tmp_path):
     """FID against real images by the evaluator of classes, the CLIP score by its own: the same file, as it is."""
     out, rng = tmp_path / "x.npz", np.random.default_rng(0)
     call(sample_t2i_ddp.main, *options(world, out))
-    np.savez(tmp_path / "real.npz", arr_0=rng.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8))
+    np.savez(tmp_path / "real.npz", arr_0=rng.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8), kind=np.array("validation"))
     call(evaluate_few_features, tmp_path / "real.npz", out, "--inception-weights", out, "--json", tmp_path / "x.json",
          "--device", "cpu")
     assert json.loads((tmp_path / "x.json").read_text())["fid"] > 0
+    reference, sample = (EvaluationFile(path, name) for path, name in ((tmp_path / "real.npz", "REF"), (out, "SAMPLE")))
+    assert not any("VIRTUAL" in said for said in find_pitfalls(reference, sample, "generation"))  # that is of ImageNet
     pairs = read_pairs(out)
     assert pairs.captions == read(out)["captions"].tolist() and np.array_equal(pairs.image(7), read(out)["arr_0"][7])
 
