@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,10 +40,11 @@ GUIDED = {"guidance": "constant", "cfg_scale": [3.0]}
 PROMPTS = ("a red boat", "a very old lighthouse on a green hill", "night", "two dogs that run", "Café, window")
 
 
-def export_text_gpt(path: Path, tokenizer: str, encoder: str, seed: int = 0, **shape) -> Path:
+def export_text_gpt(path: Path, tokenizer: str, encoder: object, seed: int = 0, **shape: Any) -> Path:
     """A random GPT that reads captions and carries its encoder's record and its guidance."""
     about = {name: shape.pop(name) for name in ("coarse", "coarse_of") if name in shape}
-    config = replace(TINY_GPT, **{"condition": "text", "caption_length": 8, "caption_dim": 32} | shape)
+    fields: dict[str, Any] = {"condition": "text", "caption_length": 8, "caption_dim": 32} | shape
+    config = replace(TINY_GPT, **fields)
     export(path, "gpt", randomise(GPT(config), seed).state_dict(), {
         "model": asdict(config), "tokenizer": tokenizer, "image_size": 32, "sampling": GUIDED, "encoder": encoder} | about)
     return path
@@ -88,7 +90,8 @@ def test_a_sample_is_its_seed_number_and_prompt(world, tmp_path, monkeypatch, dr
     about = json.loads(str(one["options"]))
     assert about["cfg_scale"] == [3.0] and about["guidance"] == "constant" and about["per_prompt"] == 2  # of the checkpoint
     assert (tmp_path / "one.png").exists() and not (tmp_path / "one").exists()
-    command("autoregressive/sample/sample_t2i_ddp.py", *options(world, tmp_path / "two.npz", "--batch-size", 3), processes=2)
+    command("autoregressive/sample/sample_t2i_ddp.py", *options(world, tmp_path / "two.npz", "--batch-size", 3, "--layout",
+                                                                "geneval"), processes=2)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         write = ImageStore.write
         patch.setattr(ImageStore, "write", lambda store, rows, new: stop() if rows[0] else write(store, rows, new))
@@ -100,6 +103,8 @@ def test_a_sample_is_its_seed_number_and_prompt(world, tmp_path, monkeypatch, dr
         other = read(tmp_path / f"{name}.npz")
         assert list(one) == list(other) and all(np.array_equal(one[key], other[key]) for key in one)
         assert not (tmp_path / f"{name}.partial").exists()
+    pairs = read_pairs(tmp_path / "two")  # written by both
+    assert all(np.array_equal(pairs.image(row), one["arr_0"][row]) for row in range(10)) and len(pairs.captions) == 10
 
 
 def test_other_options_are_never_taken_for_the_result(capsys, world, tmp_path):
@@ -337,7 +342,7 @@ def test_bad_prompts_of_the_picture_and_models_of_classes(capsys, world, tmp_pat
         assert "is conditioned on class" in sentence and "sample_c2i.py" in sentence
 
 
-@pytest.mark.parametrize("encoder, words", [("flan", "its text encoder"), ("{}", "its text encoder"), (
+@pytest.mark.parametrize("encoder, words", [("flan", "its text encoder"), ("{}", "its text encoder"), (7, "encoder"), (
     EncoderRecord("clip", "", "0", 32, 8, "published").text, "the text encoder clip, which is unknown here")])
 def test_damaged_and_unknown_records(capsys, world, tmp_path, encoder, words):
     """A file from elsewhere is said to be what it is."""

@@ -39,7 +39,7 @@ def carried_text_options(config: Any) -> dict[str, Any]:
     description, _ = read_export(config.models.gpt_ckpt, "gpt", "--gpt-ckpt", tensors=False)
     model, encoder = description.get("model"), description.get("encoder", "")
     carried = carried_options(config)
-    if not isinstance(model, dict) or model.get("condition") != "text":
+    if not isinstance(model, dict) or model.get("condition") != "text" or not isinstance(encoder, str):
         return carried  # the pipeline will say so
     record = record_of(encoder, source)
     length = model.get("caption_length")
