@@ -1,13 +1,15 @@
-"""From captioned images to a GPT and its held-out bits, by the commands alone."""
+"""From captioned images to a GPT, its held-out bits and its samples, by the commands alone."""
 
 import json
 
+import numpy as np
 import pytest
 
 from autoregressive.models.gpt import load_gpt
+from autoregressive.sample import sample_t2i_ddp
 from autoregressive.train import evaluate_c2i, extract_codes_c2i, extract_text, train_c2i
 from tests.conftest import call, export_models, losses
-from tests.test_captions import write_npz
+from tests.test_captions import WORDS, write_npz
 from tests.test_codes import extract_options
 from tests.test_text_training import text_options
 from utils.text_encoders import EncoderRecord
@@ -27,6 +29,11 @@ def test_captioned_images_become_a_gpt(tmp_path, capsys):
     assert EncoderRecord.of(gpt.provenance.encoder, "run").encoder == "hashed" and bits[6] < bits[3]
     call(evaluate_c2i.main, "--gpt-ckpt", run, "--code-path", codes, "--out", tmp_path / "bits.json", "--device", "cpu")
     assert json.loads((tmp_path / "bits.json").read_text())["bits_per_image"] == pytest.approx(bits[6], rel=1e-4)
+    (tmp_path / "prompts.txt").write_text("\n".join(WORDS))
+    call(sample_t2i_ddp.main, "--gpt-ckpt", run, "--vq-ckpt", tokenizer, "--prompts", tmp_path / "prompts.txt", "--batch-size", 4,
+         "--out", tmp_path / "x.npz", "--device", "cpu")  # encoder and guidance come with the GPT
+    with np.load(tmp_path / "x.npz") as samples:
+        assert samples["arr_0"].shape == (4, 32, 32, 3) and samples["captions"].tolist() == list(WORDS)
     capsys.readouterr()
     call(extract_text.main, *features[:-4], "--text-length", 5, "--device", "cpu", "--text-path", tmp_path / "others")
     (codes / "text").rename(tmp_path / "before")

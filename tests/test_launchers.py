@@ -22,6 +22,7 @@ LAUNCHERS = {
     "autoregressive/train_c2i.sh": ("autoregressive/train/train_c2i.py", []),
     "autoregressive/train_c2i_fsdp.sh": ("autoregressive/train/train_c2i.py", ["--data-parallel", "fsdp"]),
     "autoregressive/sample_c2i.sh": ("autoregressive/sample/sample_c2i_ddp.py", []),
+    "autoregressive/sample_t2i.sh": ("autoregressive/sample/sample_t2i_ddp.py", []),
     "tokenizer/train_vq.sh": ("tokenizer/tokenizer_image/vq_train.py", ["--stage", "single"]),
     "tokenizer/reconstruction_vq.sh": ("tokenizer/tokenizer_image/reconstruction_vq_ddp.py", []),
     "tokenizer/val.sh": ("tokenizer/validation/val_ddp.py", []),

@@ -78,9 +78,9 @@ def unlinked(path: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in one piece."""
+    """Write a text file in UTF-8, in one piece."""
     with replacing(path) as aside:
-        aside.write_text(text)
+        aside.write_text(text, "utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -72,6 +72,14 @@ def _require_identity(text: bytes, wanted: dict[str, Any], what: str, made: str)
     require_same(found, wanted, f"{what} {made} with", "delete it or change --out")
 
 
+def check_name(path: Path) -> None:
+    """Raise UserError unless --out is the name of an npz."""
+    if path.suffix != ".npz":
+        raise UserError(f"--out {str(path)!r} is not the name of an npz: give one that ends in .npz.")
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder, not a file: give the name of an npz inside it.")
+
+
 def check_begun(path: Path, shape: tuple[int, int, int, int], identity: dict[str, Any]) -> None:
     """Raise UserError when an interrupted run with other options left a `.partial` folder for `path`.
 
@@ -96,10 +104,7 @@ class ImageStore:
     def __init__(self, path: Path, shape: tuple[int, int, int, int], identity: dict[str, Any], processes: Processes,
                  start_over: bool = False) -> None:
         self.path, self.shape, self.processes = Path(path), tuple(int(n) for n in shape), processes
-        if self.path.suffix != ".npz":
-            raise UserError(f"--out {str(path)!r} is not the name of an npz: give one that ends in .npz.")
-        if self.path.is_dir():
-            raise UserError(f"--out {path} is a folder, not a file: give the name of an npz inside it.")
+        check_name(self.path)
         self.folder = self.path.with_suffix(".partial")
         identity = _full_identity(shape, identity)
         self._comment = json.dumps(identity).encode()

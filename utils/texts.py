@@ -48,6 +48,11 @@ class Prompt(NamedTuple):
     about: dict[str, Any]
 
 
+def well_formed(text: str) -> str:
+    """A string that UTF-8 can hold: half a surrogate pair, as JSON or a command line may have it, becomes a question mark."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def json_lines(path: Path, option: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(Line number from 1, JSON object) of every line that is not empty; raises UserError naming file and line."""
     try:

@@ -6,10 +6,8 @@ are on disk at once: after a crash the same command draws only what is missing. 
 are those of many candidates that a classifier likes best (`rejection.py`).
 """
 
-import json
 import logging
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ import numpy as np
 
 from autoregressive.models.ctf import FineOptions
 from autoregressive.models.generate import SamplingOptions
-from autoregressive.sample.image_decoder import Images
+from autoregressive.sample.drawing import draw_npz, identity
 from autoregressive.sample.pipeline import ModelOptions, Pipeline, carried_options
 from autoregressive.sample.rejection import (
     RejectionOptions,
@@ -30,14 +28,12 @@ from autoregressive.sample.rejection import (
     keep_best,
     load_selector,
 )
-from utils.beside import Beside
-from utils.config import Count, Positive, parse, run_main, to_dict
+from utils.config import Count, Positive, parse, run_main
 from utils.distributed import Processes, setup
-from utils.files import write_json
-from utils.image_store import ImageStore, already_finished, check_begun
+from utils.image_store import already_finished, check_begun
 from utils.npz import open_array
 from utils.pictures import image_grid, save_picture
-from utils.run import progress, set_up_logging
+from utils.run import set_up_logging
 
 log = logging.getLogger("sample_c2i_ddp")
 
@@ -72,34 +68,15 @@ def make_labels(config: SampleConfig, num_classes: int) -> np.ndarray:
     return np.arange(count) % num_classes
 
 
-def identity(config: SampleConfig, pipeline: Pipeline) -> dict[str, Any]:
-    """What the samples depend on: a partial file with another identity is not continued."""
-    fine = to_dict(config.fine) if pipeline.fine is not None else {}
-    return {"kind": "samples", **pipeline.identity(), "random_labels": config.random_labels, **to_dict(config.sampling), **fine}
+def about_samples(config: SampleConfig, pipeline: Pipeline) -> dict[str, Any]:
+    """The identity of the samples."""
+    return identity(pipeline, random_labels=config.random_labels)
 
 
 def draw(pipeline: Pipeline, path: Path, labels: np.ndarray, about: dict[str, Any], config: SampleConfig,
          processes: Processes) -> None:
     """Draw an image of each label into the npz `path`; about: its identity, with `kind`."""
-    store = ImageStore(path, (len(labels), pipeline.image_size, pipeline.image_size, 3), about, processes)
-    started, missing, rows = time.perf_counter(), len(store.missing()), store.share()
-    bar = progress(len(rows), "sample", "images", processes)
-
-    def keep(batch: np.ndarray, images: Images) -> None:
-        store.write(batch, images()[: len(batch)])
-        bar.update(len(batch))
-
-    with Beside() as writer:
-        for first in range(0, len(rows), config.batch_size):
-            batch = rows[first : first + config.batch_size]
-            # Every batch has the same shape: another one would select other matrix kernels and change the last bits.
-            padded = np.pad(batch, (0, config.batch_size - len(batch)), mode="edge")
-            writer.run(keep, batch, pipeline.start(labels[padded], padded))
-    bar.close()
-    store.finish(pipeline.class_names, arr_1=labels, kind=np.array(about["kind"]), options=np.array(json.dumps(about)))
-    if processes.is_main:
-        rate = {"images": missing, "images_per_second": missing / (time.perf_counter() - started)}
-        write_json(path.with_suffix(".rate.json"), rate)
+    draw_npz(pipeline, path, lambda rows: labels[rows], about, config.batch_size, processes, arr_1=labels)
 
 
 def draw_and_select(pipeline: Pipeline, selector: Selector, labels: np.ndarray, about: dict[str, Any], config: SampleConfig,
@@ -108,7 +85,7 @@ def draw_and_select(pipeline: Pipeline, selector: Selector, labels: np.ndarray, 
     ratio, out, size = config.rejection.rejection_ratio, config.out, pipeline.image_size
     check_begun(out, (len(labels), size, size, 3), about)  # by another command: refused now rather than after the drawing
     candidates, count = candidates_path(out), ratio * len(labels)
-    drawn = identity(config, pipeline) | {"kind": "candidates", "rejection_ratio": ratio}
+    drawn = about_samples(config, pipeline) | {"kind": "candidates", "rejection_ratio": ratio}
     if not already_finished(candidates, (count, size, size, 3), drawn):
         draw(pipeline, candidates, np.tile(labels, ratio), drawn, config, processes)
     log.info("%s: %d candidates; move %s away to select by another --classifier without drawing again",
@@ -120,7 +97,7 @@ def write_samples(config: SampleConfig, pipeline: Pipeline, selector: Selector |
     """Draw all samples and write the npz; a finished one is left as it is."""
     labels, ratio = make_labels(config, pipeline.num_classes), config.rejection.rejection_ratio
     shape = len(labels), pipeline.image_size, pipeline.image_size, 3
-    about = identity(config, pipeline) | ({"rejection": selector.note(ratio)} if selector else {})
+    about = about_samples(config, pipeline) | ({"rejection": selector.note(ratio)} if selector else {})
     picture = config.out.with_suffix(".png")
     if already_finished(config.out, shape, about):
         log.info("%s is there already, made by these options", config.out)

@@ -98,7 +98,7 @@ def find_pitfalls(reference: EvaluationFile, sample: EvaluationFile, purpose: st
                      "reconstruction FID compares the same images before and after.")
     if difference := different_names(sample.class_names, reference.class_names, sample.where, reference.where):
         found.append(f"{difference}: the two may show different classes.")
-    if purpose == "generation" and reference.kind == "validation":
+    if purpose == "generation" and reference.kind == "validation" and "captions" not in sample.keys:
         found.append(f"{reference.where} holds validation images: published generation FID is measured against ADM's "
                      "VIRTUAL_imagenet batch of the training set; for reconstructions give --purpose reconstruction.")
     return found
