@@ -160,7 +160,7 @@ CFG_RANGES: dict[tuple[int, str, int], tuple[float, float]] = {
 TEXT_SAMPLING: dict[str, Any] = {"guidance": "constant", "cfg_scale": [7.5], "cfg_interval": -1, "top_k": [1000]}
 
 # w of the attention schedule: the paper's text, and the released sampler.
-ATTENTION_WEIGHT = {"paper": 0.05, "released": 0.1}
+ATTENTION_WEIGHT = {"paper": 0.05, "released": 0.1, "beyond": 0.05}
 
 
 def sampling_preset(gpt_model: str, streams: int, grid_size: int, recipe: str = "paper",

@@ -138,9 +138,10 @@ class TrainConfig:
     batch: BatchOptions = field(default_factory=lambda: BatchOptions(epochs=300, global_batch_size=256))
     optim: OptimOptions = field(default_factory=lambda: OptimOptions(weight_decay=0.05))
     optimizer: Annotated[str, choices(OPTIMIZERS)] = "adamw"
-    """adamw, as in table 11, or muon (not of the paper): Muon for hidden matrices, AdamW for the rest."""
+    """adamw, as in table 11, or muon (not of the paper; --recipe beyond): Muon for hidden matrices, AdamW for the rest."""
     recipe: Annotated[str, choices(ATTENTION_WEIGHT)] = "paper"
-    """IAR2's learning rates, λ_s and w of the guidance: table 11 and the paper's text, or the released trainers and sampler."""
+    """Learning rates, λ_s and w of the guidance.  paper: table 11 and the paper's text; released: IAR2's trainers and sampler;
+    beyond: the paper's with Muon, the best of the study's rows that are not the paper's (scripts/paper)."""
     init_from: str = ""
     """gpt.safetensors or run folder whose weights start this run, of the same shape; the grid may differ."""
     devices: DeviceOptions = field(default_factory=DeviceOptions)
@@ -213,6 +214,8 @@ def recipe(config: TrainConfig) -> dict[str, Any]:
         defaults |= asdict(row) | {"lr_schedule": "cosine" if row.lr_end else "constant"}
         if row.data_parallel == "fsdp" and nodes() > 1:  # shards that cross nodes wait for the network at every layer
             defaults["data_parallel"] = "hsdp"
+    if config.recipe == "beyond":
+        defaults["optimizer"] = "muon"
     return defaults | typed_schedule(config.optim)
 
 

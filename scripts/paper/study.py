@@ -55,8 +55,8 @@ class StudyConfig:
     """Seeds of B, beyond and C; A and D use the first two."""
     rates: tuple[AboveZero, ...] = (2e-3, 4e-3, 8e-3)
     """Learning rates among which short trainings choose, for each system."""
-    beyond: str = ""
-    """The row of part beyond that part C sets beside the paper's systems."""
+    beyond: str = "muon"
+    """The row of part beyond that part C sets beside the paper's systems; empty: none."""
     workers: Count = 0
     """Commands at a time; 0: one for each GPU or CPU core."""
     dry: bool = False
