@@ -1,0 +1,26 @@
+# Sourced by quickstart.sh and text_demo.sh after setup.sh, with OUT and SCALE set.  Defines `steps N [LEAST]`, which scales a number
+# of steps, and `phase NAME COMMAND...`, which runs a command unless it has finished before.
+mkdir -p "$OUT/phases" 2>/dev/null || cannot_write "$OUT/phases"
+if [ -e "$OUT/scale" ] && [ "$(cat "$OUT/scale")" != "$SCALE" ]; then
+    echo "error: OUT $OUT was begun with SCALE=$(cat "$OUT/scale"), not $SCALE as now: choose another OUT or remove it." >&2
+    exit 2
+fi
+keep "$OUT/scale" "$SCALE"
+
+steps() { "$PYTHON" -c "import math; print(max(math.ceil($1 * $SCALE), ${2:-4}))"; }
+
+# phase NAME COMMAND...: run a command unless it has finished before, and keep its seconds over all tries.
+phase() {
+    local name="$1" started before=0; shift
+    [ ! -e "$OUT/phases/$name" ] || return 0
+    echo "== $name" >&2
+    [ ! -e "$OUT/phases/.$name" ] || before=$(cat "$OUT/phases/.$name")
+    started=$(( $(date +%s) - before ))
+    trap "(clock $name $started) 2>/dev/null || true" EXIT
+    "$@"
+    trap - EXIT
+    clock "$name" "$started"
+    mv "$OUT/phases/.$name" "$OUT/phases/$name"
+}
+# clock NAME SECOND: keep the seconds since then
+clock() { keep "$OUT/phases/.$1" $(( $(date +%s) - $2 )); }
