@@ -26,6 +26,7 @@ from tests.test_text_features import header
 from tests.test_train import gpt_options
 from utils.checkpoint import export, read_export
 from utils.config import parse, to_dict
+from utils.text_encoders import encoder_facts
 from utils.text_shards import TEXT as TEXT_FOLDER
 from utils.text_shards import CaptionedCodes, TextWriter
 
@@ -170,6 +171,21 @@ def test_held_out_likelihoods_are_of_whole_captions(tmp_path):
     assert abs(short - whole) > 0.01
 
 
+def test_another_encoder_is_no_more_of_the_same(capsys, tmp_path):
+    """Features of equal shape fit in silence: neither a resumed run nor an evaluation takes them; a moved encoder is the same."""
+    own, other, moved = (write_codes(tmp_path / name) for name in ("own", "other", "moved"))
+    for codes, changed in ((own, {}), (other, {"encoder_fingerprint": "0" * 16}), (moved, {"encoder_path": "/elsewhere"})):
+        own_text(codes / TEXT_FOLDER, **changed)
+    call(train_t2i.main, *text_options(own, tmp_path / "run", 1, data_parallel="none"))
+    line = "--gpt-ckpt", tmp_path / "run", "--device", "cpu", "--code-path"
+    assert f"captions of encoder_fingerprint {'0' * 16} but" in refused(capsys, evaluate_c2i.main, *line, other)
+    call(evaluate_c2i.main, *line, moved)
+    sentence = refused(capsys, train_t2i.main, *text_options(other, tmp_path / "run", 2, data_parallel="none"))
+    assert f"was made with encoder_fingerprint {'f' * 16}, not with {'0' * 16} as now" in sentence
+    call(train_t2i.main, *text_options(moved, tmp_path / "run", 2, data_parallel="none"))
+    assert sorted(losses(tmp_path / "run")) == [1, 2]
+
+
 # --- published files ---------------------------------------------------------------------------------------------------
 
 
@@ -184,7 +200,7 @@ def test_published_files_come_in_and_go_out(capsys, tmp_path):
     with torch.no_grad():
         np.testing.assert_allclose(gpt(given, io["codes"][:, None])[0], io["logits"], atol=1e-4)
     assert (gpt.config.caption_rotary, gpt.config.caption_length, gpt.config.caption_dim) == ("zero", 6, 24)
-    assert gpt.provenance.encoder == "google/flan-t5-xl"
+    assert gpt.provenance.encoder == "google/flan-t5-xl" and not encoder_facts(gpt.provenance.encoder)  # features of any T5 fit
     assert gpt.provenance.sampling == {"guidance": "constant", "cfg_scale": [7.5], "cfg_interval": -1, "top_k": [1000]}
     call(released_weights.main, "llamagen-t2i-gpt", tmp_path / "ours", tmp_path / "again.pt", "--export")
     again = torch.load(tmp_path / "again.pt", weights_only=True)["model"]
