@@ -34,8 +34,8 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from autoregressive.sample import sample_c2i_ddp
-from autoregressive.train import extract_codes_c2i, train_c2i
+from autoregressive.sample import sample_c2i_ddp, sample_t2i_ddp
+from autoregressive.train import extract_codes_c2i, extract_text, train_c2i
 from scripts.fuzz_commands import CPU, EXTRACT, GPT_WORDS, SAMPLE, VQ_WORDS
 from scripts.fuzz_world import write_files
 from scripts.paper.table import markdown_table
@@ -82,20 +82,28 @@ def training(words: str, kind: str, processes: int) -> Task:
 
 
 GPT = f"--code-path {{codes}} --steps 24 --checkpoint-every 5 --ema-decay 0.9 {GPT_WORDS}"
+TEXT_GPT = GPT.replace("--num-classes 3", "--condition text --short-captions 0.5").replace("parallel none", "parallel fsdp")
 VQ = (f"--data-path {{images_npz}} --steps 8 --checkpoint-every 3 --eval-every 4 --ema-decay 0.9 --log-every 1 {VQ_WORDS} "
       "--perceptual-net random --disc-start 4 --codebook-init kmeans --kmeans-vectors 64 --revive-every 5")
 VQ = VQ.replace("--perceptual-net classifier --perceptual-file {classifier} ", "")
 ENCODE = "--data-path {many} --vq-ckpt {tokenizer} --batch-size 4 " + EXTRACT
 DRAW = SAMPLE.replace("--num-samples 6 --batch-size 6", "--num-samples 40 --batch-size 4")
+TEXT = "--text-encoder hashed --text-width 64 --short-captions first-sentence " + CPU
+PROMPTS = ("--gpt-ckpt {text_gpt} --vq-ckpt {tokenizer} --prompts {prompts} --per-prompt 14 --batch-size 4 --layout geneval "
+           "--out {out}/x.npz " + CPU)
 CODES, IMAGES = ("{out}/codes/codes.npy", "{out}/codes/state.npy"), ("{out}/x.npz",)
 TASKS = {
     "GPT": training(GPT, "gpt", 1), "GPT, DDP": training(GPT.replace("parallel none", "parallel ddp"), "gpt", 2),
     "GPT, FSDP2": training(GPT.replace("parallel none", "parallel fsdp"), "gpt", 2),
+    "GPT from captions, FSDP2": training(TEXT_GPT, "gpt", 2),
     "tokenizer": training(VQ, "tokenizer", 1), "tokenizer, two processes": training(VQ, "tokenizer", 2),
     "extraction": Task(extract_codes_c2i.main, ENCODE, 1, "", CODES),
     "extraction, two processes": Task(extract_codes_c2i.main, ENCODE, 2, "", CODES),
     "sampling": Task(sample_c2i_ddp.main, DRAW, 1, "", IMAGES),
     "sampling, two processes": Task(sample_c2i_ddp.main, DRAW, 2, "", IMAGES),
+    "captions": Task(extract_text.main, "--data-path {many} --batch-size 4 --text-path {out}/text " + TEXT, 1, "",
+                     ("{out}/text/features.npy", "{out}/text/state.npy")),
+    "prompts, two processes": Task(sample_t2i_ddp.main, PROMPTS, 2, "", IMAGES),
     "reference npz": Task(val_ddp.main, "--data-path {many} --image-size 32 --num-workers 0 --out {out}/x.npz", 1, "", IMAGES),
 }
 # What is sent, to all processes or to one drawn at random.
@@ -253,13 +261,15 @@ def build(folder: Path) -> dict[str, str]:
     folder.mkdir()
     write_files(folder)
     rng = np.random.default_rng(1)
-    np.savez(folder / "many.npz", images=rng.integers(0, 256, (300, 32, 32, 3), dtype=np.uint8), labels=np.arange(300) % 3)
+    np.savez(folder / "many.npz", images=rng.integers(0, 256, (300, 32, 32, 3), dtype=np.uint8), labels=np.arange(300) % 3,
+             captions=np.array([f"A picture. It has the number {index}." for index in range(300)]))
     paths = {name: str(next(folder.glob(f"{name}.*"), folder / name)) for name in (
-        "images", "images_npz", "many", "tokenizer", "gpt")}
+        "images", "images_npz", "many", "tokenizer", "gpt", "text_gpt", "prompts")}
     words = (f"--data-path {{images_npz}} --vq-ckpt {{tokenizer}} --image-size 32 --augmentation flip --num-workers 0 "
              f"--code-path {folder}/codes {CPU}")
-    processes = start(Task(extract_codes_c2i.main, words, 1), paths, folder / "making")
-    await_end(processes, PATIENCE, 0)
+    text = f"--data-path {{images_npz}} --text-path {folder}/codes/text {TEXT}"
+    for task in (Task(extract_codes_c2i.main, words, 1), Task(extract_text.main, text, 1)):
+        await_end(start(task, paths, folder / "making"), PATIENCE, 0)
     return paths | {"codes": str(folder / "codes")}
 
 

@@ -11,8 +11,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from autoregressive.sample import guidance_map, sample_c2i, sample_c2i_ddp
-from autoregressive.train import evaluate_c2i, extract_codes_c2i, extract_text, train_c2i
+from autoregressive.sample import guidance_map, sample_c2i, sample_c2i_ddp, sample_t2i_ddp
+from autoregressive.train import evaluate_c2i, extract_codes_c2i, extract_text, train_c2i, train_t2i
 from evaluations.c2i import classifier, evaluation_file, evaluator, features, judge
 from scripts import quickstart_report, released_weights
 from scripts.paper import plot_figures, plot_losses, sweep_c2i, table
@@ -107,6 +107,11 @@ COMMANDS: dict[str, Command] = {
     "extract text": Command(extract_text.main, "--data-path {images_npz} --text-encoder hashed --text-width 64 --short-captions "
                             "first-sentence --text-path {out}/text " + CPU,
                             ("{out}/text/features.npy", "{out}/text/header.json")),
+    "train text": Command(train_t2i.main, "--code-path {npz_codes} --text-path {text} --short-captions 0.5 --run-dir {out}/run "
+                          f"--steps 1 {GPT_WORDS}".replace("--num-classes 3 ", ""), ("{out}/run/gpt.safetensors",)),
+    "sample text": Command(sample_t2i_ddp.main, "--gpt-ckpt {text_gpt} --vq-ckpt {tokenizer} --prompts {prompts} --per-prompt 2 "
+                           "--layout geneval --out {out}/x.npz " + CPU, ("{out}/x.npz", "{out}/x/00001/samples/0001.png"),
+                           sample_t2i_ddp.PromptSampleConfig),
     "reconstruct": Command(reconstruction_vq_ddp.main, "--data-path {images} --vq-ckpt {tokenizer} --image-size 32 "
                            "--num-workers 0 --perceptual-net classifier --perceptual-file {classifier} --out {out}/x.npz " + CPU,
                            ("{out}/x.npz",), reconstruction_vq_ddp.ReconstructionConfig),
@@ -157,6 +162,7 @@ READERS = {
     "gpt": ("evaluate", "sample", "grid", "export"), "classifier": ("judge", "reject", "vq train"), "single": ("rearrange",),
     "code_map": ("train mapped",), "mapping": ("mapping",), "run": ("resume", "evaluate checkpoint", "losses"),
     "samples": ("judge", "evaluator files"), "statistics": ("evaluator files",), "released": ("import",), "figures": ("row",),
+    "text": ("train text",), "text_gpt": ("sample text",), "prompts": ("sample text",),
 }
 
 

@@ -27,6 +27,7 @@ from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 from utils.checkpoint import export, fingerprint
 from utils.config import UserError, run_main
 from utils.files import write_json
+from utils.text_encoders import TextEncoderOptions, make_encoder
 
 MEMORY = 8 << 30  # bytes of address space that a case may add
 TINY_VQ = VQConfig(codebook_sizes=(8, 16), channels=8, encoder_multipliers=(1, 2), decoder_multipliers=(1, 2), latent_channels=8,
@@ -53,19 +54,31 @@ def write_files(world: Path) -> None:
     single = dataclasses.replace(TINY_VQ, quantizer="single", codebook_sizes=(16,))
     for name, config in (("tokenizer", TINY_VQ), ("single", single)):
         tensors = VQModel(config).state_dict()
-        about = {"model": asdict(config), "stage": "dual", "fingerprint": fingerprint(tensors), "image_size": 32}
+        code = fingerprint(tensors)
+        about = {"model": asdict(config), "stage": "dual", "fingerprint": code, "image_size": 32}
         export(world / f"{name}.safetensors", "tokenizer", tensors, about)
         if name == "tokenizer":
-            gpt = {key: torch.randn_like(value) * 0.1 for key, value in GPT(TINY_GPT).state_dict().items()}
-            sampling = {"guidance": "progressive", "cfg_scale": [1.5, 3.0]}
-            export(world / "gpt.safetensors", "gpt", gpt, {"model": asdict(TINY_GPT), "tokenizer": about["fingerprint"],
-                                                           "image_size": 32, "sampling": sampling})
+            export_gpts(world, code)
     torch.save(torch.randperm(16), world / "mapping.pt")
     write_json(world / "figures.json", {"fid": 3.5, "sfid": 4.5, "settings": {"seed": 0}, "precision": 0.5})
     (world / "rows").mkdir()
     for name in ("iar2-0100", "iar2-0200"):
         write_json(world / "rows" / f"{name}.json", {"fid": 3.5, "inception_score": 200.0})
+    lines = [json.dumps({"tag": "counting", "prompt": f"a picture of number {number}"}) for number in range(3)]
+    (world / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     write_report(world / "report")
+
+
+def export_gpts(world: Path, tokenizer: str) -> None:
+    """Two random GPTs, one of classes and one of hashed captions."""
+    encoder = make_encoder(TextEncoderOptions("hashed", text_width=64, text_length=16), torch.device("cpu"), False).record
+    text = dataclasses.replace(TINY_GPT, condition="text", caption_length=encoder.text_length, caption_dim=encoder.text_width)
+    for name, config, guidance, scale, record in (("gpt", TINY_GPT, "progressive", [1.5, 3.0], ""),
+                                                  ("text_gpt", text, "constant", [3.0], encoder.text)):
+        weights = {key: torch.randn_like(value) * 0.1 for key, value in GPT(config).state_dict().items()}
+        export(world / f"{name}.safetensors", "gpt", weights, {
+            "model": asdict(config), "tokenizer": tokenizer, "image_size": 32, "encoder": record,
+            "sampling": {"guidance": guidance, "cfg_scale": scale}})
 
 
 def write_report(folder: Path) -> None:
@@ -91,13 +104,13 @@ def build(world: Path, run: Callable[[Callable[[], None], list[str], Path], int 
     world.mkdir(parents=True)
     code = run(lambda: write_files(world), [], world)
     paths = {name: str(next(iter(world.glob(f"{name}.*")), world / name))
-             for name in (*READERS, "single_codes", "semantic", "rows", "report")}
+             for name in (*READERS, "single_codes", "npz_codes", "semantic", "rows", "report")}
     paths["gpt_args"] = json.dumps({"n_head": TINY_GPT.n_head, "grid_size": TINY_GPT.grid_size})
     making = {
         "classifier": ("classifier", {}, "classifier.safetensors"), "codes": ("extract", {}, "codes"),
         "single_codes": ("extract", {"tokenizer": "single"}, "codes"), "code_map": ("rearrange", {}, "r/code_map.safetensors"),
         "samples": ("sample", {}, "x.npz"), "run": ("train", {}, "run"), "semantic": ("vq train", {}, "run"),
-        "released": ("export", {}, "x.pt")}
+        "released": ("export", {}, "x.pt"), "npz_codes": ("extract npz", {}, "codes"), "text": ("extract text", {}, "text")}
     for name, (command, swapped, result) in making.items():
         out = world / "making"
         out.mkdir()

@@ -29,7 +29,7 @@ from utils.npz import NPZ_ERRORS, array_header, array_keys, open_array
 from utils.untrusted import check_checkpoint_files, parse_json, printable
 
 KINDS = ("options", "codes", "images", "images_npz", "tokenizer", "gpt", "classifier", "single", "code_map", "mapping", "samples",
-         "statistics", "released", "figures", "run", "outputs")
+         "statistics", "released", "figures", "run", "outputs", "text", "text_gpt", "prompts")
 
 
 def test_a_share_of_the_fuzzer_finds_nothing():

@@ -11,7 +11,7 @@ import torch
 from autoregressive.models.generate import SamplingOptions, carried_sampling, generate
 from autoregressive.models.gpt import GPT, load_gpt
 from autoregressive.sample import sample_c2i
-from autoregressive.train import evaluate_c2i, train_c2i
+from autoregressive.train import evaluate_c2i, train_c2i, train_t2i
 from autoregressive.train.estimate import measure
 from autoregressive.train.options import TrainConfig, gpt_config, recipe, told
 from autoregressive.train.sources import SOURCES
@@ -21,9 +21,14 @@ from tests.synthetic_captions import ENCODER, LENGTH, TEXT, WIDTH, SomeValid
 from tests.test_bad_input import refused
 from tests.test_codes import write_codes
 from tests.test_conditions import captions, published
+from tests.test_npz import ALONE
+from tests.test_text_features import header
 from tests.test_train import gpt_options
 from utils.checkpoint import export, read_export
 from utils.config import parse, to_dict
+from utils.text_encoders import encoder_facts
+from utils.text_shards import TEXT as TEXT_FOLDER
+from utils.text_shards import CaptionedCodes, TextWriter
 
 
 def text_options(codes: Path, run_dir: Path, steps: int = 4, **extra) -> list:
@@ -116,6 +121,71 @@ def test_what_does_not_apply_is_refused(capsys, codes, models, tmp_path, monkeyp
     assert f"caption_dim {WIDTH}" in sentence and f"{WIDTH + 1}" in sentence
 
 
+# --- which captions --------------------------------------------------------------------------------------------------
+
+
+def own_text(folder: Path, crops: int = 2, **changed) -> Path:
+    """Features [48 images, crops] whose numbers are random, so that each crop is another condition; no image is left out."""
+    about = header(crops=crops, short_captions="first-sentence" if crops > 1 else "none", **changed)
+    lengths = np.full((about.images, crops), 3)
+    folder.mkdir(parents=True)
+    writer = TextWriter(folder, about, lengths, ALONE)
+    noise = torch.randn(int(lengths.sum()), about.text_width, generator=torch.Generator().manual_seed(0))
+    writer.write(np.arange(about.images), 3 * noise)
+    writer.finish()
+    return folder
+
+
+def test_features_may_lie_elsewhere(capsys, codes, tmp_path):
+    """--text-path wins over what is beside the codes, and is the option that a sentence names."""
+    both = write_codes(tmp_path / "codes")
+    own_text(both / TEXT_FOLDER)
+    elsewhere = own_text(tmp_path / "elsewhere", text_length=7)
+    call(train_t2i.main, *text_options(both, tmp_path / "run", 1, data_parallel="none", text_path=elsewhere))
+    assert load_gpt(tmp_path / "run").config.caption_length == 7
+    for folder, words in ((tmp_path / "nowhere", "holds no caption features"),
+                          (own_text(tmp_path / "fewer", images=40), "has features of captions of other images")):
+        sentence = refused(capsys, train_t2i.main, *text_options(codes, tmp_path / "other", text_path=folder))
+        assert f"--text-path {folder} {words}" in sentence and not (tmp_path / "other").exists()
+
+
+def test_options_of_captions_that_nothing_reads_are_refused(capsys, codes, tmp_path):
+    """A share of short captions where there are none, and captions where images are asked for by class."""
+    alone = own_text(tmp_path / "alone", crops=1)
+    sentence = refused(capsys, train_t2i.main, *text_options(codes, tmp_path / "run", text_path=alone, short_captions=0.5))
+    assert "--short-captions 0.5 asks for short captions but the features (48 images of x) have none" in sentence
+    for option, value in (("--text-path", alone), ("--short-captions", 0.5)):
+        sentence = refused(capsys, train_c2i.main, *gpt_options(codes, tmp_path / "run"), option, value)
+        assert f"{option} {value} is of captions but --condition is class: leave it out" in sentence
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_likelihoods_are_of_whole_captions(tmp_path):
+    """They must compare between runs that draw short captions and those that do not."""
+    own_text((codes := write_codes(tmp_path / "codes")) / TEXT_FOLDER)
+    call(train_t2i.main, *text_options(codes, tmp_path / "run", 2, data_parallel="none", short_captions=1, val_code_path=codes,
+                                       eval_every=0, lr=0.01))
+    whole, short = (evaluate_c2i.evaluate(load_gpt(tmp_path / "run").eval(), CaptionedCodes(codes, short_captions=share), 48,
+                                          ALONE)["bits_per_image"] for share in (0, 1))
+    assert losses(tmp_path / "run", "eval/bits_per_image")[2] == pytest.approx(whole, abs=1e-3)
+    assert abs(short - whole) > 0.01
+
+
+def test_another_encoder_is_no_more_of_the_same(capsys, tmp_path):
+    """Features of equal shape fit in silence: neither a resumed run nor an evaluation takes them; a moved encoder is the same."""
+    own, other, moved = (write_codes(tmp_path / name) for name in ("own", "other", "moved"))
+    for codes, changed in ((own, {}), (other, {"encoder_fingerprint": "0" * 16}), (moved, {"encoder_path": "/elsewhere"})):
+        own_text(codes / TEXT_FOLDER, **changed)
+    call(train_t2i.main, *text_options(own, tmp_path / "run", 1, data_parallel="none"))
+    line = "--gpt-ckpt", tmp_path / "run", "--device", "cpu", "--code-path"
+    assert f"captions of encoder_fingerprint {'0' * 16} but" in refused(capsys, evaluate_c2i.main, *line, other)
+    call(evaluate_c2i.main, *line, moved)
+    sentence = refused(capsys, train_t2i.main, *text_options(other, tmp_path / "run", 2, data_parallel="none"))
+    assert f"was made with encoder_fingerprint {'f' * 16}, not with {'0' * 16} as now" in sentence
+    call(train_t2i.main, *text_options(moved, tmp_path / "run", 2, data_parallel="none"))
+    assert sorted(losses(tmp_path / "run")) == [1, 2]
+
+
 # --- published files ---------------------------------------------------------------------------------------------------
 
 
@@ -130,7 +200,7 @@ def test_published_files_come_in_and_go_out(capsys, tmp_path):
     with torch.no_grad():
         np.testing.assert_allclose(gpt(given, io["codes"][:, None])[0], io["logits"], atol=1e-4)
     assert (gpt.config.caption_rotary, gpt.config.caption_length, gpt.config.caption_dim) == ("zero", 6, 24)
-    assert gpt.provenance.encoder == "google/flan-t5-xl"
+    assert gpt.provenance.encoder == "google/flan-t5-xl" and not encoder_facts(gpt.provenance.encoder)  # features of any T5 fit
     assert gpt.provenance.sampling == {"guidance": "constant", "cfg_scale": [7.5], "cfg_interval": -1, "top_k": [1000]}
     call(released_weights.main, "llamagen-t2i-gpt", tmp_path / "ours", tmp_path / "again.pt", "--export")
     again = torch.load(tmp_path / "again.pt", weights_only=True)["model"]

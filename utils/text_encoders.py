@@ -221,6 +221,20 @@ class EncoderRecord:
         return cls(**read_fields(cls, found, f"{source}: its text encoder"))
 
 
+def encoder_facts(text: str) -> dict[str, Any]:
+    """What must be equal where two models, or a model and features, have one encoder; text: what a model carries of its own.
+
+    The fields of an `EncoderRecord` but the place, which may change; nothing of published weights, which have no record.
+    """
+    if text in ("", PUBLISHED_T5):
+        return {}
+    try:
+        found = asdict(EncoderRecord.of(text, ""))
+    except UserError:
+        return {"encoder": text}
+    return {name: value for name, value in found.items() if name != "encoder_path"}
+
+
 @dataclass
 class CaptionEncoder:
     """Cleaning and encoding of captions as a model was trained with them: `encoder(captions)` gives its condition."""

@@ -32,6 +32,7 @@ from utils.distributed import Processes, all_reduce_sum, setup
 from utils.files import check_writable, write_json
 from utils.run import set_up_logging
 from utils.shards import require_fit
+from utils.text_encoders import encoder_facts
 from utils.text_shards import CaptionOptions
 
 log = logging.getLogger("evaluate_c2i")
@@ -82,8 +83,10 @@ def open_held_out(config: GPTConfig, about: GPTProvenance, model: str, code_path
 def require_told(told: Told, config: GPTConfig, about: GPTProvenance, what: str, model: str) -> None:
     """Raise UserError where captions have another shape or encoder than the GPT's; what, model: the two in messages."""
     seen = {name: (value, getattr(config, name)) for name, value in told.fields.items()}
-    for name, (found, expected) in (seen | {"encoder": (told.encoder, about.encoder)}).items():
-        if found != expected and expected:
+    of_data = encoder_facts(told.encoder)
+    seen |= {name: (of_data.get(name), value) for name, value in encoder_facts(about.encoder).items()}
+    for name, (found, expected) in seen.items():
+        if found != expected:
             raise UserError(f"{what} has captions of {name} {found} but {model} reads {name} {expected}: give features of the "
                             "encoder that it was trained with.")
 

@@ -43,6 +43,7 @@ from utils.ema import EMA
 from utils.optim import clip_gradients, learning_rate, set_learning_rate, step_if_finite, trains_in_bf16
 from utils.run import Run, Work, set_up_logging
 from utils.signals import ignore_in_worker
+from utils.text_encoders import encoder_facts
 from utils.train_state import TrainState
 
 log = logging.getLogger("train_c2i")
@@ -180,10 +181,11 @@ def train(config: TrainConfig, processes: Processes) -> None:
     coarse = {"coarse": code_map.coarse if code_map else ""}
     initial, begun_from = read_initial(config.init_from, "gpt")
     data = begun_from | {"tokenizer": header.tokenizer, "images_checksum": header.images_checksum}
+    captions = encoder_facts(condition.encoder)  # checkpoints from before they were recorded are taken for these
     held_out = open_validation(config, model_config, about, plan)
-    record = RunRecord("gpt", model=to_dict(model_config) | data | coarse,
-                       defaults=to_dict(GPTConfig()) | data | {"coarse": ""}, options=to_dict(config), fixed=FIXED_OPTIONS,
-                       export=to_dict(about) | {"model": to_dict(model_config)})
+    record = RunRecord("gpt", model=to_dict(model_config) | data | coarse | captions,
+                       defaults=to_dict(GPTConfig()) | data | {"coarse": ""} | captions, options=to_dict(config),
+                       fixed=FIXED_OPTIONS, export=to_dict(about) | {"model": to_dict(model_config)})
     run = Run(config.run, record, processes, plan.total_steps, work)
     gpt, training = set_up(config, model_config, initial, processes)
     log.info("%s: %.1fM parameters, %d steps of %d images, %s on %d processes", config.gpt.gpt_model,
