@@ -198,11 +198,12 @@ TITLES = {
 }
 
 
-def made_by(made: Row) -> str:
+def made_by(part: str, made: Row) -> str:
     """On what and for how long a part was trained."""
     first, second = made["tokenizer_steps"]
-    return (f"On {made['machine']}: tokenizers of {first} + {second} steps of 16 images, GPTs of {made['gpt_steps']} steps of "
-            f"{BATCH} images, learning rates chosen after {made['pilot_steps']} steps.")
+    gpts = "" if part == "A" else (f", GPTs of {made['gpt_steps']} steps of {BATCH} images, learning rates chosen after "
+                                   f"{made['pilot_steps']} steps")
+    return f"On {made['machine']}: tokenizers of {first} + {second} steps of 16 images{gpts}."
 
 
 def section(part: str, study: Row) -> tuple[str, list[Panel]]:
@@ -225,7 +226,7 @@ def write_report(file: Path, folder: Path) -> None:
     text = ["# The study\n"]
     for part in (name for name in TITLES if study.get(name)):
         try:
-            (table, panels), made = section(part, study), made_by(study["made"][part])
+            (table, panels), made = section(part, study), made_by(part, study["made"][part])
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"--study {file} has a part {part} that is none ({shortened(error)}): run it again.") from error
         figure = draw(panels, size=(8.6, 4.0), columns=1)  # the rows' names are long
