@@ -105,8 +105,8 @@ def damage(rng: np.random.Generator, text: str, share: float) -> str:
     return DAMAGE[rng.integers(len(DAMAGE))](text) if rng.random() < share else text
 
 
-def write_captions(config: TextDemoDataConfig, rng: np.random.Generator, limits: dict[str, Limits]) -> list[str]:
-    """Write train.npz with captions and short captions; returns the names of the classes."""
+def write_captions(config: TextDemoDataConfig, rng: np.random.Generator, limits: dict[str, Limits]) -> tuple[list[str], list[str]]:
+    """Write train.npz with captions and short captions; returns the names of the classes and the captions."""
     with np.load(DATA / "fashion_mnist_train.npz") as arrays:
         images, labels = arrays["images"][: config.images], arrays["labels"][: config.images]
         names = arrays["class_names"].tolist()
@@ -124,9 +124,7 @@ def write_captions(config: TextDemoDataConfig, rng: np.random.Generator, limits:
     with replacing(config.out / "train.npz") as aside, aside.open("wb") as file:
         np.savez(file, images=images[kept], labels=labels[kept], class_names=np.array(names), captions=np.array(captions),
                  short=np.array(short))
-    print(f"{len(kept)} captioned images, {len(images) - len(kept)} left out; for example")
-    print(*(f"  {caption}" for caption in captions[:8]), sep="\n")
-    return names
+    return names, captions
 
 
 def prompts(rng: np.random.Generator, names: list[str], damaged: float) -> list[dict[str, object]]:
@@ -146,10 +144,12 @@ def main() -> None:
     config = parse(TextDemoDataConfig)
     check_writable(config.out, "--out")
     rng, limits = np.random.default_rng(config.seed), dict[str, Limits]()
-    names = write_captions(config, rng, limits)
+    names, captions = write_captions(config, rng, limits)
     write_text(config.out / "prompts.jsonl", "".join(json.dumps(line) + "\n" for line in prompts(rng, names, config.damaged)))
     write_json(config.out / "limits.json", {key: {name: each.tolist() for name, each in found._asdict().items()}
                                             for key, found in limits.items()})
+    print(f"{len(captions)} captioned images, of which no class has its held-out combination; for example")
+    print(*(f"  {caption}" for caption in captions[:8]), sep="\n")
 
 
 if __name__ == "__main__":
