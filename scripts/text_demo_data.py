@@ -105,7 +105,8 @@ def damage(rng: np.random.Generator, text: str, share: float) -> str:
     return DAMAGE[rng.integers(len(DAMAGE))](text) if rng.random() < share else text
 
 
-def write_captions(config: TextDemoDataConfig, rng: np.random.Generator, limits: dict[str, Limits]) -> tuple[list[str], list[str]]:
+def write_captions(config: TextDemoDataConfig, rng: np.random.Generator,
+                   limits: dict[str, Limits]) -> tuple[list[str], list[str]]:
     """Write train.npz with captions and short captions; returns the names of the classes and the captions."""
     with np.load(DATA / "fashion_mnist_train.npz") as arrays:
         images, labels = arrays["images"][: config.images], arrays["labels"][: config.images]
