@@ -42,15 +42,15 @@ system() {
     phase "codes_$name" python autoregressive/train/extract_codes_c2i.py --data-path "$DATA" "${SHAPE[@]}" --vq-ckpt "$tokenizer" \
         --code-path "$OUT/codes_$name" --augmentation none
     phase "gpt_$name" supervised bash scripts/autoregressive/train_t2i.sh --gpt-model GPT-tiny --image-size 32 --downsample-size 8 \
-        --code-path "$OUT/codes_$name" --text-path "$OUT/text" --short-captions 0.1 --run-dir "$OUT/gpt_$name" \
-        --data-parallel none --steps "$(steps 700)" --global-batch-size 128 --lr 2e-3 --lr-end 2e-4 --lr-schedule cosine \
-        --warmup-steps 20 --ema-decay 0.99 --num-workers 0 --log-every 20 --checkpoint-every 100 --compile off
+        --code-path "$OUT/codes_$name" --text-path "$OUT/text" --short-captions 0.2 --run-dir "$OUT/gpt_$name" \
+        --data-parallel none --steps "$(steps 450)" --global-batch-size 128 --recipe beyond --lr 4e-3 --lr-end 4e-4 \
+        --lr-schedule cosine --warmup-steps 20 --ema-decay 0.99 --num-workers 0 --log-every 20 --checkpoint-every 100 --compile off
     local sample=(python autoregressive/sample/sample_t2i_ddp.py --gpt-ckpt "$OUT/gpt_$name" --vq-ckpt "$tokenizer"
         --prompts "$OUT/data/prompts.jsonl" --per-prompt 8 --batch-size 240 --decode eager)
     phase "guided_$name" "${sample[@]}" --out "$OUT/${name}_guided.npz" "$@"
     phase "unguided_$name" "${sample[@]}" --out "$OUT/${name}_unguided.npz" --guidance constant --cfg-scale 1
 }
-system iar2 dual --guidance attention --cfg-scale 1.5 4
-system llamagen single --guidance constant --cfg-scale 3
+system iar2 dual --guidance attention --cfg-scale 3 6
+system llamagen single --guidance constant --cfg-scale 4.5
 
 python scripts/text_demo_report.py --folder "$OUT"

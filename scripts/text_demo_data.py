@@ -24,6 +24,8 @@ DATA = Path(__file__).resolve().parent / "data"
 CLEAR = 0.35     # share of a class's images on either side whose property is clear enough to be named
 FOREGROUND = 32  # of 255; what is darker is the ground
 
+# What captions call a class whose own name is a part of another's: the encoder reads words, and T-shirts have "shirt" in theirs.
+CALLED = {"T-shirt": "tee", "shirt": "blouse"}
 # Of every property its measure's name and the words for little and for much of it.
 WORDS = {"brightness": (("dark", "dim"), ("bright", "light")), "width": (("narrow", "slim"), ("wide", "broad"))}
 # {p}: properties, {c}: class.  A caption without properties leaves out what follows the last comma.
@@ -107,10 +109,11 @@ def damage(rng: np.random.Generator, text: str, share: float) -> str:
 
 def write_captions(config: TextDemoDataConfig, rng: np.random.Generator,
                    limits: dict[str, Limits]) -> tuple[list[str], list[str]]:
-    """Write train.npz with captions and short captions; returns the names of the classes and the captions."""
+    """Write train.npz with captions and short captions; returns what classes are called and the captions."""
     with np.load(DATA / "fashion_mnist_train.npz") as arrays:
         images, labels = arrays["images"][: config.images], arrays["labels"][: config.images]
         names = arrays["class_names"].tolist()
+    called = [CALLED.get(name, name) for name in names]
     found = measure(images)
     limits |= {key: find_limits(values, labels) for key, values in found.items()}
     sides = np.stack([named_sides(found[key], labels, limits[key]) for key in WORDS], axis=1)      # [N, 2]
@@ -119,13 +122,13 @@ def write_captions(config: TextDemoDataConfig, rng: np.random.Generator,
     for row in kept:
         given = {key: int(side) for key, side in zip(WORDS, sides[row]) if side >= 0}
         templates = CAPTIONS if given else PLAIN
-        name = names[labels[row]]
+        name = called[labels[row]]
         captions.append(damage(rng, phrase(rng, str(rng.choice(templates)), name, given), config.damaged))
         short.append(str(rng.choice(PLAIN)).format(c=name))
     with replacing(config.out / "train.npz") as aside, aside.open("wb") as file:
         np.savez(file, images=images[kept], labels=labels[kept], class_names=np.array(names), captions=np.array(captions),
                  short=np.array(short))
-    return names, captions
+    return called, captions
 
 
 def prompts(rng: np.random.Generator, names: list[str], damaged: float) -> list[dict[str, object]]:
