@@ -63,7 +63,7 @@ def gather(folder: Path) -> dict[str, Any]:
     rows = []
     for system in SYSTEMS:
         for guidance in GUIDANCE:
-            images = np.asarray(open_array(folder / f"{system}_{guidance}.npz", "arr_0"))
+            images = np.array(open_array(folder / f"{system}_{guidance}.npz", "arr_0"))
             each = len(images) // len(lines)
             asked = {key: np.repeat([line[key] for line in lines], each) for key in ("class", *WORDS, "held_out")}
             right = agreement(images, asked, middle, judge)
@@ -78,9 +78,9 @@ def gather(folder: Path) -> dict[str, Any]:
 def draw(folder: Path) -> None:
     """A picture for every system: guided samples of a prompt of each class, of the combinations that training has not seen."""
     prompts = read_prompts(folder / "data" / "prompts.jsonl", "--folder")
-    chosen = [index for index, prompt in enumerate(prompts) if prompt.about["held_out"]]
-    chosen = [next(index for index in chosen[label % 3 :: 3] + chosen if prompts[index].about["class"] == label)
-              for label in range(10)]
+    new = [[index for index, prompt in enumerate(prompts) if prompt.about["held_out"] and prompt.about["class"] == label]
+           for label in range(10)]
+    chosen = [those[label % len(those)] for label, those in enumerate(new)]  # the phrasings in turn
     for system in SYSTEMS:
         images = open_array(folder / f"{system}_guided.npz", "arr_0")
         each = len(images) // len(prompts)
