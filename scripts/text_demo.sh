@@ -30,7 +30,7 @@ dual() {
 }
 phase tokenizer_iar2 dual
 phase tokenizer_llamagen supervised bash scripts/tokenizer/train_vq.sh --run-dir "$OUT/vq/single" --codebook-sizes 1024 \
-    --steps "$(steps 1600)" --revive-every 50 "${TOKENIZER[@]}"
+    --steps "$(steps 1100)" --revive-every 50 "${TOKENIZER[@]}"
 
 # What is read: fixed random vectors of words stand for a language model.  The short caption names the class alone.
 phase features python autoregressive/train/extract_text.py --data-path "$DATA" --text-path "$OUT/text" --text-encoder hashed \
