@@ -228,7 +228,8 @@ def test_two_sharded_processes_train_like_one(codes, tmp_path, reference):
 def test_compiled_layers_train_whole_and_are_evaluated_in_raster(codes, tmp_path, reference, monkeypatch):
     """No graph break with rows of each sample's own; held-out bits are what the raster decoder needs."""
     original = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: original(self, backend="eager", fullgraph=True))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: original(
+        self, backend="eager", fullgraph=True, **options))
     held_out, run = write_codes(tmp_path / "held", images=21, seed=1), tmp_path / "run"
     call(train_c2i.main, *gpt_options(codes, run, data_parallel="none", compile="on"), *RANDOM, "--val-code-path", held_out)
     assert losses(run) == pytest.approx(reference, abs=2e-5)
