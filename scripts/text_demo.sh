@@ -43,7 +43,7 @@ system() {
         --code-path "$OUT/codes_$name" --augmentation none
     phase "gpt_$name" supervised bash scripts/autoregressive/train_t2i.sh --gpt-model GPT-tiny --image-size 32 --downsample-size 8 \
         --code-path "$OUT/codes_$name" --text-path "$OUT/text" --short-captions 0.2 --run-dir "$OUT/gpt_$name" \
-        --data-parallel none --steps "$(steps 450)" --global-batch-size 128 --recipe beyond --lr 8e-3 --lr-end 4e-4 \
+        --data-parallel none --steps "$(steps 400)" --global-batch-size 128 --recipe beyond --lr 8e-3 --lr-end 4e-4 \
         --lr-schedule cosine --warmup-steps 20 --ema-decay 0.99 --num-workers 0 --log-every 20 --checkpoint-every 100 --compile off
     local sample=(python autoregressive/sample/sample_t2i_ddp.py --gpt-ckpt "$OUT/gpt_$name" --vq-ckpt "$tokenizer"
         --prompts "$OUT/data/prompts.jsonl" --per-prompt 8 --batch-size 240 --decode eager)
