@@ -48,7 +48,7 @@ def agreement(images: np.ndarray, asked: dict[str, np.ndarray], middle: dict[str
         key: (found[key] > middle[key][asked["class"]]) == asked[key] for key in WORDS}
 
 
-def of_real_images(middle: dict[str, np.ndarray], judge: SmallClassifier) -> float:
+def of_real_images(judge: SmallClassifier) -> float:
     """Share of the bundled test images whose class the judge says."""
     with np.load(DATA / "fashion_mnist_test.npz") as arrays:
         images, labels = np.repeat(arrays["images"][..., None], 3, axis=-1), arrays["labels"]
@@ -72,7 +72,7 @@ def gather(folder: Path) -> dict[str, Any]:
                 rows.append({"system": system, "guidance": guidance, "held_out": held_out, "images": int(chosen.sum()),
                              **{key: float(value[chosen].mean()) for key, value in right.items()}})
     seconds = {path.name: int(path.read_text()) for path in sorted((folder / "phases").iterdir()) if path.name[0] != "."}
-    return {"rows": rows, "class_of_real_images": of_real_images(middle, judge), "seconds": seconds}
+    return {"rows": rows, "class_of_real_images": of_real_images(judge), "seconds": seconds}
 
 
 def draw(folder: Path) -> None:
