@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Images from text on the bundled images, without a download: IAR2 and LlamaGen, in about twelve minutes on two CPU cores.
+# Images from text on the bundled images, without a download: IAR2 and LlamaGen, in about eleven minutes on two CPU cores.
 #   bash scripts/text_demo.sh
 # classifiers, captions -> tokenizers -> codes, features -> GPTs -> samples of prompts -> runs/text_demo/report.md
 # Finished phases are not done again; an interrupted phase carries on.  Options, as environment variables:
