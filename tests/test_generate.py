@@ -19,7 +19,8 @@ from autoregressive.models.generate import (
     pick_codes,
 )
 from autoregressive.models.guidance import GUIDANCE
-from autoregressive.sample.pipeline import ModelOptions, check_sampling
+from autoregressive.sample.model_options import ModelOptions
+from autoregressive.sample.pipeline import check_sampling
 from autoregressive.sample.rejection import RejectionOptions
 from autoregressive.sample.sample_c2i_ddp import SampleConfig, make_labels
 from tests.conftest import TINY_GPT, random_codes

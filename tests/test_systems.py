@@ -13,7 +13,8 @@ from autoregressive.models.ctf import FineOptions, refine
 from autoregressive.models.generate import SamplingOptions, draw_uniforms, generate
 from autoregressive.models.gpt import build_gpt, load_gpt
 from autoregressive.sample import sample_c2i_ddp
-from autoregressive.sample.pipeline import ModelOptions, Pipeline
+from autoregressive.sample.model_options import ModelOptions
+from autoregressive.sample.pipeline import Pipeline
 from autoregressive.train import evaluate_c2i, train_c2i
 from autoregressive.train.dry_run import print_dry_run
 from autoregressive.train.options import TrainConfig, recipe

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from utils.config import UserError, file_error, flatten
 from utils.distributed import Processes, full_tensor, lost_peer, patient_group
 from utils.files import replacing, require_same, write_json
+from utils.hub import local_file
 from utils.untrusted import available_memory, check_checkpoint_files, parse_json, printable, read_fields, read_text, shortened
 
 log = logging.getLogger("checkpoint")
@@ -195,12 +196,12 @@ def export(path: Path, kind: str, tensors: dict[str, Tensor], config: dict, proc
 
 
 def read_export(path: str | Path, kind: str, option: str, tensors: bool = True) -> tuple[dict, dict[str, Tensor]]:
-    """Read (configuration, tensors) of an exported file; a run folder stands for the file in it.
+    """Read (configuration, tensors) of an exported file; a run folder, or a repository of the hub, stands for the file in it.
 
     A training checkpoint `step-*` that holds its configuration can be read too; averaged weights are preferred.  tensors:
     False reads the configuration alone.  Raises UserError naming `option` when the file is missing, damaged, or of another kind.
     """
-    path = Path(path)
+    path = local_file(path, option, f"{kind}.safetensors")
     if (path / "config.json").is_file() and (path / ".metadata").is_file():
         return read_checkpoint(path, kind, option, tensors)
     if path.is_dir():

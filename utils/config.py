@@ -157,6 +157,11 @@ def _blank(config: type[T], missing: Any = tyro.MISSING) -> T:
     return config(**values)
 
 
+def defaults_of(config: type) -> dict[str, Any]:
+    """{field name: default} of a dataclass of options and of those inside it, as JSON holds it; None where there is none."""
+    return flatten(to_dict(_blank(config, missing=None)))
+
+
 def override(options: T, values: dict[str, Any]) -> T:
     """A copy of `options` with the fields named in `values` replaced, nested ones too; KeyError for an unknown name."""
     left = dict(values)

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from utils.batches import GlobalBatches
 from utils.config import Count, Positive, UserError
 from utils.crops import center_crop, random_crop, sample_rng, to_tensor
+from utils.hub import hub_folder
 from utils.image_source import ImageSource, UnreadableImage
 from utils.signals import ignore_in_worker
 
@@ -29,7 +31,7 @@ _MAX_UNREADABLE = 100  # in a row: more than this is a fault of the folder, not 
 class ImageOptions:
     """Where images come from and how they are cut."""
 
-    data_path: Path
+    data_path: Annotated[Path, hub_folder("--data-path")]
     """Folder with one sub-folder per class, or npz with `images` and `labels`."""
     image_size: Positive = 256
     """Side of the square images in pixels."""

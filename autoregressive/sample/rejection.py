@@ -24,6 +24,7 @@ from utils.config import Positive, UserError
 from utils.crops import to_tensor
 from utils.distributed import Processes, all_reduce_sum
 from utils.files import check_exists
+from utils.hub import is_hub_name
 from utils.image_store import ImageStore
 from utils.npz import open_array
 from utils.run import progress
@@ -77,7 +78,7 @@ def load_selector(options: RejectionOptions, num_classes: int, class_names: Clas
     num_classes, class_names: those of the GPT, names where it carries them.
     """
     name, path = options.classifier, Path(options.classifier)
-    if not (path.is_file() or path.suffix == ".safetensors" or (path / "classifier.safetensors").is_file()):
+    if not (is_hub_name(name) or path.suffix == ".safetensors" or path.is_file() or (path / "classifier.safetensors").is_file()):
         return Selector(name, *load_timm(name, options.classifier_weights, num_classes))
     if options.classifier_weights is not None:
         raise UserError(f"--classifier-weights {options.classifier_weights} is for a timm model but --classifier "

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from autoregressive.models.ctf import FineOptions
 from autoregressive.models.generate import SamplingOptions
-from autoregressive.sample.pipeline import ModelOptions, Pipeline, carried_options, check_classes
+from autoregressive.sample.model_options import ModelOptions, carried_options
+from autoregressive.sample.pipeline import Pipeline, check_classes
 from utils.config import Count, Positive, UserError, parse, run_main
 from utils.distributed import setup
 from utils.files import check_writable

@@ -19,7 +19,8 @@ import numpy as np
 from autoregressive.models.ctf import FineOptions
 from autoregressive.models.generate import SamplingOptions
 from autoregressive.sample.drawing import draw_npz, identity
-from autoregressive.sample.pipeline import ModelOptions, Pipeline, carried_options
+from autoregressive.sample.model_options import ModelOptions, carried_options
+from autoregressive.sample.pipeline import Pipeline
 from autoregressive.sample.rejection import (
     RejectionOptions,
     Selector,

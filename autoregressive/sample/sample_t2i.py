@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from autoregressive.models.ctf import FineOptions
 from autoregressive.models.generate import SamplingOptions
-from autoregressive.sample.pipeline import ModelOptions, Pipeline
+from autoregressive.sample.model_options import ModelOptions
+from autoregressive.sample.pipeline import Pipeline
 from autoregressive.sample.prompts import PromptConditions, carried_text_options, check_prompts, load_encoder
 from utils.config import Positive, UserError, parse, run_main
 from utils.distributed import setup
@@ -71,7 +72,7 @@ def main() -> None:
     if config.out.suffix.lower() != ".png":
         raise UserError(f"--out {config.out} must end in .png.")
     pipeline = Pipeline(config.models, config.sampling, config.fine, processes.device, condition="text")
-    given = PromptConditions(load_encoder(config.encoder, config.models, pipeline), prompts, config.per_prompt, processes)
+    given = PromptConditions(load_encoder(config.encoder, config.models, pipeline), prompts, config.per_prompt, processes.is_main)
     batches = [np.arange(first, min(first + config.batch_size, len(given))) for first in range(0, len(given), config.batch_size)]
     images = [pipeline.sample(given(rows), rows) for rows in tqdm(batches, desc="sample", unit="batches")]
     grid = captioned_grid(np.concatenate(images), [prompt.text for prompt in prompts], max(1, 128 // pipeline.image_size))

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its p
 import numpy as np
 import torch
 
-from autoregressive.sample.pipeline import Pipeline, carried_options, check_sampling
+from autoregressive.sample.model_options import carried_options
+from autoregressive.sample.pipeline import Pipeline, check_sampling
 from autoregressive.sample.sample_c2i_ddp import SampleConfig, write_samples
 from evaluations.c2i.classifier import load_all
 from evaluations.c2i.evaluation_file import EvaluationFile

@@ -143,7 +143,8 @@ def build_loss(config: VQTrainConfig, device: torch.device) -> TokenizerLoss:
     perceptual = build_perceptual(config.perceptual, device)
     discriminator = PatchGAN(options.disc_channels, options.disc_layers)
     if config.stage == "dual" and PROCEDURES[options.recipe].keep_discriminator:
-        folder = Path(config.init_from) if Path(config.init_from).is_dir() else Path(config.init_from).parent
+        beside = Path(config.init_from).is_file()  # else a run folder, or a repository of the hub
+        folder = Path(config.init_from).parent if beside else config.init_from
         _, tensors = read_export(folder, "discriminator", "--init-from")
         load_weights(discriminator, tensors, f"--init-from {folder}/discriminator.safetensors")
     discriminator.to(device)
