@@ -19,7 +19,6 @@ from autoregressive.models.generate import SamplingOptions
 from autoregressive.sample.model_options import ModelOptions, carried_options
 from autoregressive.sample.pipeline import Pipeline
 from autoregressive.sample.serving import Batcher
-from scripts.demo_page import build_page
 from utils.config import Positive, UserError, interval, parse, run_main
 from utils.distributed import setup
 from utils.packages import require_package
@@ -52,14 +51,17 @@ def main() -> None:
     """Parse options, load the models, serve the page until Ctrl-C."""
     config = parse(DemoConfig, carried)
     require_package("gradio", "the page")
+    from scripts import demo_page  # imports gradio
+
     processes = setup(config.models.device)
     set_up_logging(processes)
     pipeline = Pipeline(config.models, config.sampling, config.fine, processes.device)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio asks itself whether it is there
     batcher = Batcher(pipeline, config.largest_batch)
-    page = build_page(batcher, Path(config.models.gpt_ckpt).name)
+    page = demo_page.build_page(batcher, Path(config.models.gpt_ckpt).name)
     try:
         _, address, _ = page.launch(server_name=config.host, server_port=config.port or None, prevent_thread_lock=True,
-                                    quiet=True)
+                                    quiet=True, theme=demo_page.THEME, css=demo_page.CSS)
         log.info("the page is at %s; Ctrl-C ends it", address)
         page.block_thread()
     except OSError as error:

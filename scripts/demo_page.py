@@ -20,11 +20,11 @@ from autoregressive.sample.serving import Batcher
 from utils.config import UserError
 from utils.image_source import DECODER_ERRORS, decode
 from utils.pictures import image_grid
-from utils.untrusted import shortened
 
 _SIDE = 192  # pixels that an image of the page has at least
 
 CSS = ".gradio-container {max-width: 1100px !important}"
+THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # others would be fetched from elsewhere
 
 
 def told(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,7 +34,7 @@ def told(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             yield from function(*arguments)
         except (UserError, ValueError) as error:
-            raise gr.Error(str(error), title="This does not work", print_exception=False) from error
+            raise gr.Error(str(error), print_exception=False) from error
 
     return handler
 
@@ -46,8 +46,7 @@ def read_picture(path: str | None) -> np.ndarray:
     try:
         return decode(Path(path))
     except DECODER_ERRORS as error:
-        raise UserError(f"this file is no image that can be read ({shortened(error, 80)}): give a JPEG, PNG, WebP, BMP or "
-                        "GIF.") from error
+        raise UserError("this file is no image that can be read: give a JPEG, PNG, WebP, BMP or GIF.") from error
 
 
 class Page:
@@ -58,8 +57,11 @@ class Page:
         self.by_class = self.pipeline.gpt.config.condition == "class"
         self.side = self.pipeline.gpt.config.grid_size
 
-    def options(self, start: float, end: float, weight: float, temperature: float, top_k: float, seed: float) -> SamplingOptions:
+    def options(self, *controls: float | None) -> SamplingOptions:
         """The sampling options of the page's controls; raises UserError for values that make no sense."""
+        if None in controls:
+            raise UserError("a number is missing: fill in every field.")
+        start, end, weight, temperature, top_k, seed = (value or 0 for value in controls)
         constant = self.pipeline.sampling.guidance == "constant"
         changes: dict[str, Any] = {"cfg_scale": (float(start),) if constant else (float(start), float(end)), "seed": int(seed),
                                    "temperature": (float(temperature),), "top_k": (int(top_k),)}
@@ -127,8 +129,16 @@ def condition_control(page: Page) -> Any:
     if not page.by_class:
         return gr.Textbox(label="Caption", placeholder="a photograph of ...", lines=2)
     names = page.pipeline.spoken_names
-    return gr.Dropdown([(name, label) for label, name in enumerate(names)], value=0, filterable=True,
+    return gr.Dropdown([(name, label) for label, name in enumerate(names)], value=0, filterable=True, allow_custom_value=True,
                        label=f"Class ({len(names)}, type to search)")
+
+
+def own_image(name: str) -> Any:
+    """Where a person drops an image; name: of the element."""
+    image = gr.Image(label="Your image (its centre square)", type="filepath", sources=["upload", "clipboard"], elem_id=name)
+    # Handed on as it came: the decoders of all other commands find out whether it is an image, and have a sentence for it.
+    vars(image)["preprocess"] = lambda payload: None if payload is None else payload.path
+    return image
 
 
 def sampling_controls(page: Page) -> list[Any]:
@@ -159,9 +169,9 @@ def sample_tab(page: Page, largest: int) -> None:
             go = gr.Button("Sample", variant="primary", elem_id="sample")
             show = gr.Button("Where guidance acts", elem_id="map", visible=has_map(page.pipeline))
         with gr.Column(scale=2):
-            picture = gr.Image(label="Samples", format="png", interactive=False, elem_id="samples")
-            guided = gr.Image(label="First sample, attention to its condition, guidance scale", format="png", interactive=False,
-                              elem_id="guidance", visible=has_map(page.pipeline))
+            picture = gr.Image(show_label=False, format="png", interactive=False, elem_id="samples")
+            guided = gr.Image(show_label=False, format="png", interactive=False, elem_id="guidance",
+                              visible=has_map(page.pipeline))
     go.click(told(page.sample), [wanted, count, *controls], picture, api_name="sample", concurrency_limit=None)
     if has_map(page.pipeline):
         show.click(told(page.guidance_map), [wanted, *controls], guided, api_name="guidance_map", concurrency_limit=None)
@@ -172,7 +182,7 @@ def reconstruct_tab(page: Page) -> None:
     streams = len(page.pipeline.tokenizer.config.codebook_sizes)
     titles = ["From all codes"] if streams == 1 else ["From semantic codes alone", "From semantic and detail codes"]
     with gr.Row():
-        given = gr.Image(label="Your image (its centre square)", type="filepath", sources=["upload", "clipboard"], elem_id="own")
+        given = own_image("own")
         shown = [gr.Image(label=title, format="png", interactive=False, elem_id=f"decoded{number}")
                  for number, title in enumerate(titles)]
     gr.Button("Reconstruct", variant="primary", elem_id="reconstruct").click(
@@ -183,24 +193,22 @@ def edit_tab(page: Page, largest: int) -> None:
     """Go on from the top of an image."""
     with gr.Row():
         with gr.Column(scale=1):
-            given = gr.Image(label="Your image (its centre square)", type="filepath", sources=["upload", "clipboard"],
-                             elem_id="begun")
+            given = own_image("begun")
             rows = gr.Slider(0, page.side, page.side // 2, step=1, label=f"Rows to keep, of {page.side}")
             wanted = condition_control(page)
             count = gr.Slider(1, largest, min(4, largest), step=1, label="Images")
             controls = sampling_controls(page)
             go = gr.Button("Go on from its top", variant="primary", elem_id="edit")
-        picture = gr.Image(label="Samples that keep the top", format="png", interactive=False, elem_id="edited", scale=2)
+        picture = gr.Image(show_label=False, format="png", interactive=False, elem_id="edited", scale=2)
     go.click(told(page.edit), [given, rows, wanted, count, *controls], picture, api_name="edit", concurrency_limit=None)
 
 
 def build_page(batcher: Batcher, name: str) -> gr.Blocks:
     """The page of a model; name: what to call it."""
     page, largest = Page(batcher), min(16, batcher.largest)
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # others would be fetched from elsewhere
     gpt, pixels = page.pipeline.gpt, page.pipeline.image_size
-    size = f"{sum(parameter.numel() for parameter in gpt.parameters()) / 1e6:.0f}M parameters"
-    with gr.Blocks(title=name, theme=theme, css=CSS, analytics_enabled=False) as blocks:
+    size = f"{sum(parameter.numel() for parameter in gpt.parameters()) / 1e6:.1f}M parameters"
+    with gr.Blocks(title=name, analytics_enabled=False) as blocks:
         gr.Markdown(f"# {name}\n{gpt.provenance.gpt_model or 'GPT'}, {size}, {gpt.config.paradigm} prediction, "
                     f"{page.side}x{page.side} cells, {pixels} pixels, {page.pipeline.sampling.guidance} guidance")
         with gr.Tab("Sample"):

@@ -97,7 +97,7 @@ def find_kind(run: Path) -> str:
 
 def publish_models(config: PushConfig, kind: str) -> Publication:
     """GPT and tokenizer, with their card."""
-    publication, described = Publication("model"), {}
+    publication, described = Publication("model"), dict[str, dict[str, Any]]()
     wanted = [(kind, config.run, "RUN", "")]
     if kind == "gpt":
         beside = config.run if (config.run / "tokenizer.safetensors").is_file() else None

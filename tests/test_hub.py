@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def hub(tmp_path_factory):
                        "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
-def sample(environment: dict[str, str], out: Path, name: str = "hf:me/iar2", check: bool = True):
+def sample(environment: dict[str, Any], out: Path, name: str = "hf:me/iar2", check: bool = True):
     """Two samples by the hub's name alone."""
     return command("autoregressive/sample/sample_c2i_ddp.py", "--gpt-ckpt", name, "--vq-ckpt", name, "--num-samples", 2,
                    "--device", "cpu", "--out", out, check=check, **environment)

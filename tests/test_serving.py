@@ -31,13 +31,18 @@ def last(batcher: Batcher, label: int, seed: int, count: int = 2, **options) -> 
 
 def expected(pipeline: Pipeline, label: int, seed: int, count: int = 2) -> np.ndarray:  # noqa: F811
     """The same by the pipeline alone."""
-    return np.stack(pipeline([label] * count, seed=seed, progress=False))
+    return np.stack([np.asarray(image) for image in pipeline([label] * count, seed=seed, progress=False)])
 
 
 def hold(batcher: Batcher) -> threading.Event:
     """Keep the models busy until the returned event is set, so that what comes meanwhile waits together."""
     release, busy = threading.Event(), threading.Event()
-    threading.Thread(target=lambda: batcher.call(lambda: (busy.set(), release.wait(20))), daemon=True).start()
+
+    def wait() -> None:
+        busy.set()
+        release.wait(20)
+
+    threading.Thread(target=lambda: batcher.call(wait), daemon=True).start()
     assert busy.wait(20)
     return release
 
