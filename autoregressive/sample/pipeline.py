@@ -279,8 +279,9 @@ def with_options(sampling: SamplingOptions, options: dict[str, Any]) -> Sampling
     known = {field.name: getattr(sampling, field.name) for field in fields(SamplingOptions)}
     if unknown := sorted(set(options) - set(known)):
         raise UserError(f"{unknown[0]} is no sampling option: choose from {', '.join(known)}.")
-    given: dict[str, Any] = {name: tuple(value) if isinstance(value, (list, tuple)) else (value,) if isinstance(known[name], tuple) else value
-             for name, value in options.items()}
+    several = {name for name, value in known.items() if isinstance(value, tuple)}
+    given: dict[str, Any] = {name: tuple(value) if isinstance(value, (list, tuple)) else (value,) if name in several else value
+                             for name, value in options.items()}
     changed = replace(sampling, **given)
     check_options(changed)
     return changed
