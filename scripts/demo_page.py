@@ -135,7 +135,8 @@ def condition_control(page: Page) -> Any:
 
 def own_image(name: str) -> Any:
     """Where a person drops an image; name: of the element."""
-    image = gr.Image(label="Your image (its centre square)", type="filepath", sources=["upload", "clipboard"], elem_id=name)
+    image = gr.Image(label="Your image (its centre square)", type="filepath", sources=["upload", "clipboard"], elem_id=name,
+                     height=260)
     # Handed on as it came: the decoders of all other commands find out whether it is an image, and have a sentence for it.
     vars(image)["preprocess"] = lambda payload: None if payload is None else payload.path
     return image

@@ -47,6 +47,7 @@ def test_the_images_are_the_samplers(pipeline, folder, tmp_path):
         expected, labels = data["arr_0"], data["arr_1"]
     images = pipeline([*map(int, labels)], seed=3, progress=False)
     assert all(isinstance(image, Image.Image) for image in images) and np.array_equal(np.stack(images), expected)
+    assert np.array_equal(np.stack(pipeline(labels, seed=3, progress=False)), expected)  # an array of ids
     some = pipeline([NAMES[label] for label in labels[2:]], seed=3, first=2, batch_size=2, progress=False)
     assert np.array_equal(np.stack(some), expected[2:])
     assert not np.array_equal(np.stack(pipeline([0, 1], progress=False)), expected[:2])  # another seed

@@ -56,7 +56,7 @@ def find_class(wanted: str | int, names: ClassNames, what: str) -> int:
     names: by label id, as `words_for` gives them; case does not matter.  Raises UserError, naming `what` was given, for an id out
     of range and for a name of no class or of several.
     """
-    if isinstance(wanted, int) or re.fullmatch(r"\d+", wanted.strip()):
+    if not isinstance(wanted, str) or re.fullmatch(r"\d+", wanted.strip()):
         if 0 <= int(wanted) < len(names):
             return int(wanted)
         raise UserError(f"{what} {wanted} is out of range: the model knows classes 0 to {len(names) - 1}.")

@@ -105,7 +105,7 @@ class Pipeline:
         samples go on from; options: fields of SamplingOptions, as in `cfg_scale=(1.5, 3)`.  Raises UserError for a name of no
         class or several, an empty caption, and options that do not fit the GPT.
         """
-        asked = [wanted] if isinstance(wanted, (str, int)) else list(wanted)
+        asked = [wanted] if isinstance(wanted, (str, int, np.integer)) else list(wanted)
         sampling = with_options(self.sampling, options | ({} if seed is None else {"seed": seed}))
         check_sampling(sampling, self.gpt)
         given, found = self.conditions(asked), list[np.ndarray]()
