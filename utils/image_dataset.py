@@ -30,7 +30,8 @@ class ImageOptions:
     """Where images come from and how they are cut."""
 
     data_path: Path
-    """Folder with one sub-folder per class, or npz with `images` and `labels`."""
+    """Folder with one sub-folder per class, npz with `images` and `labels`, WebDataset tar shards, or parquet or Arrow tables
+    (and behind :: their split or column of labels, DATA::train,label=NAME; all of it: utils/README.md)."""
     image_size: Positive = 256
     """Side of the square images in pixels."""
     num_workers: Count = 8
