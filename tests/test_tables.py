@@ -19,6 +19,7 @@ from utils.config import UserError
 from utils.data_path import parse_data_path
 from utils.image_source import UnreadableImage
 from utils.images import open_images
+from utils.table_columns import LABELS as LABEL_NAMES
 from utils.table_files import split_of
 
 datasets = pytest.importorskip("datasets")
@@ -57,15 +58,18 @@ def write_file(folder: Path, rows=None) -> Path:
 
 
 def write_snapshot(folder: Path, splits: tuple[str, ...] = ("train",), below: str = "data") -> Path:
-    """A hub data set as it lies on disk: a card, a picture for it, and two parquet files for each split."""
+    """A hub data set as it lies in the cache: a card, a picture for it, and links to two parquet files for each split."""
     (folder / below).mkdir(parents=True)
+    blobs = folder.parent / "blobs"
+    blobs.mkdir(exist_ok=True)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# Shades\n")
     (folder / "assets").mkdir()
     (folder / "assets" / "card.png").write_bytes(png(1))
     for split in splits:
         for number in range(2):
-            part = table().shard(2, number, contiguous=True)
-            part.to_parquet(folder / below / f"{split}-{number:05d}-of-00002.parquet")
+            blob = blobs / f"{folder.name}{split}{number}"
+            table().shard(2, number, contiguous=True).to_parquet(blob)
+            (folder / below / f"{split}-{number:05d}-of-00002.parquet").symlink_to(blob)
     return folder
 
 
@@ -293,6 +297,14 @@ def test_columns_that_are_not_clear_are_asked_for(tmp_path, columns, suffix, wor
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
 
 
+def test_classes_beside_captions_are_pointed_at(tmp_path, caplog):
+    """A class-conditional model trained on one class would be noticed days later."""
+    path = write_file(tmp_path / "data", table(image=images(), text=list(WORDS), target=LABELS))
+    assert open_images(path).num_classes == 1
+    assert f"all images are of class 0, no column is called {' or '.join(LABEL_NAMES)}; if target is the class, give " \
+           f"{path}::label=target" in caplog.text
+
+
 def test_captions_by_their_column(tmp_path, caplog):
     """Several captions of an image, inner fields, and rows without one: said, and never the neighbour's."""
     rows = table(image=images(), caption=[["a", "b"], ["c"], [], None], label=LABELS, more=[{"short": word} for word in "wxyz"],
@@ -329,7 +341,7 @@ def test_rows_that_cannot_be_decoded_are_named_and_left_out(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("labels, words", [
-    ([0, -1, 1, 2], "column 'label', has the negative label -1 at row 1: number the classes from 0."),
+    ([0, -1, 1, 2], r"column 'label', has the negative label -1 at row 1: number the classes from 0, or give .*::label= where"),
     ([0, 1, 10**7, 2], "column 'label', has the label 10000000 at row 2: number the classes from 0, without gaps"),
     ([0, None, 1, 2], "column 'label', has no label at row 1, as at 1 of 4: give every image a label.")])
 def test_labels_that_number_no_classes_are_refused(tmp_path, labels, words):

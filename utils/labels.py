@@ -10,13 +10,14 @@ from utils.untrusted import printable
 MAX_CLASSES = 1_000_000  # a larger label is a mistake, and would ask for as many rows of every table
 
 
-def require_labels(labels: np.ndarray, where: str, place: Callable[[int], str], names: Sequence[str] = ()) -> None:
+def require_labels(labels: np.ndarray, where: str, place: Callable[[int], str], names: Sequence[str] = (),
+                   remedy: str = "number the classes from 0") -> None:
     """Raise UserError unless all labels, integers [N] with N > 0, number classes; names: of the classes, where there are any.
 
-    where: the storage with its option; place: words for where the label of a row stands.
+    where: the storage with its option; place: words for where the label of a row stands; remedy: for negative labels.
     """
     if (low := labels.min()) < 0:
-        raise UserError(f"{where} has the negative label {low} {place(int(labels.argmin()))}: number the classes from 0.")
+        raise UserError(f"{where} has the negative label {low} {place(int(labels.argmin()))}: {remedy}.")
     high, row = labels.max(), int(labels.argmax())
     if high >= MAX_CLASSES:
         raise UserError(f"{where} has the label {high} {place(row)}: number the classes from 0, without gaps and below "

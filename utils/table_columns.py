@@ -3,6 +3,7 @@
 What is not clear is asked for, in one sentence that names the columns there are: PATH::image=NAME,label=NAME, --caption-key NAME.
 """
 
+import logging
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,8 @@ from utils.data_path import SEPARATOR, DataPath
 from utils.labels import number_names, require_labels
 from utils.packages import require_package
 from utils.untrusted import printable
+
+log = logging.getLogger("images")
 
 IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp")
 LABELS = ("label", "labels", "cls", "class")
@@ -75,10 +78,13 @@ class Columns:
             if found:
                 return self._one_of(found, LABELS, "label", "labels")
         if len(self.names) == 1 or self._captions():
+            if numbers := [name for name in self.names if self.kind(name) == "integers"]:
+                log.warning("%s: all images are of class 0, no column is called %s; if %s is the class, give %s", self.where,
+                            " or ".join(LABELS), " or ".join(map(printable, numbers[:3])), self.example("label", numbers[0]))
             return None
         raise UserError(f"{self.where} has neither labels ({', '.join(LABELS)}) nor captions ({', '.join(CAPTIONS)}), only "
-                        f"{self.described()}: name a column, {self._example('label', 'NAME')}, or none, "
-                        f"{self._example('label', '')}, where all images are of one class.")
+                        f"{self.described()}: name a column, {self.example('label', 'NAME')}, or none, "
+                        f"{self.example('label', '')}, where all images are of one class.")
 
     def _captions(self) -> list[str]:
         return [name for name in self.names if name.lower() in CAPTIONS and self.kind(name) in ("strings", "lists of strings")]
@@ -113,11 +119,11 @@ class Columns:
         named = found if len(found) == 1 else [name for name in found if name.lower() in usual]
         if len(named) != 1:
             raise UserError(f"{self.where} has {len(found)} columns that may be the {what}, {printable(', '.join(found))[:200]}: "
-                            f"name one, {self._example(role, found[0])}.")
+                            f"name one, {self.example(role, found[0])}.")
         return named[0]
 
-    def _example(self, role: str, name: str) -> str:
-        """The path with a column named behind it."""
+    def example(self, role: str, name: str) -> str:
+        """The path with a column named behind it, for messages."""
         words = [self.wanted.split] if self.wanted.split else []
         words += [f"{each}={given}" for each, given in self.wanted.columns.items() if each != role]
         return printable(f"{self.wanted.path}{SEPARATOR}{','.join([*words, f'{role}={name}'])}")
@@ -145,7 +151,8 @@ def read_classes(columns: Columns, rows: int) -> Classes:
     if kind == "classes" and not (isinstance(names, list) and names and all(isinstance(each, str) for each in names)):
         raise UserError(f"{where} holds classes whose names are {printable(names)[:80]}: give a list of strings, or integers.")
     labels = column.to_numpy()
-    require_labels(labels, where, lambda row: f"at row {row}", names)
+    none = f"number the classes from 0, or give {columns.example('label', '')} where there are none"
+    require_labels(labels, where, lambda row: f"at row {row}", names, none)
     return Classes(labels.astype(np.int64), names)
 
 
