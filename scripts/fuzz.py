@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from scripts import fuzz_damage
 from scripts.fuzz_commands import COMMANDS, READERS, fields_of, words_of
-from scripts.fuzz_damage import Skip, damages_of
+from scripts.fuzz_damage import Skip
+from scripts.fuzz_tables import damages_of
 from scripts.fuzz_world import World
 from utils.config import AboveZero, Count, Positive, Seed, UserError, declared_values, flag, parse, run_main
 from utils.files import check_writable, write_json
@@ -38,7 +39,10 @@ UNDETECTABLE = {".npy": ("flipped", "smallest"), ".npz": ("missing", "renamed"),
                 ".png": ("flipped", "deleted", "folder", "name"),
                 # Those whose checksum was taken away: other descriptions, as sound as the true one.
                 ".safetensors": tuple(f"description {number}" for number in range(1, 6)),
-                ".json": ("flipped",), ".jsonl": ("flipped", "truncated", "field"), "": ("class name",)}
+                ".json": ("flipped",), ".jsonl": ("flipped", "truncated", "field"), "": ("class name",),
+                # Other columns, members or names of classes, as sound as the true ones.
+                ".parquet": ("flipped", "missing", "renamed", "twice", "features"), ".arrow": ("flipped",),
+                ".tar": ("flipped", "named"), ".txt": ("",)}
 
 
 @dataclass
@@ -131,7 +135,7 @@ def judge(case: Case, code: int | None, changed: bool, paths: dict[str, str], wo
     """Outcome of a case, and what tells it."""
     printed = b"".join(path.read_bytes() for path in (world.out / "stdout", world.out / "stderr", world.out / "run" / "log.txt")
                        if path.is_file())
-    text = printed.decode(errors="replace")
+    text = printed.decode(errors="replace").replace("; 0 unreadable images left out", "")
     errors = [line for line in text.splitlines() if line.startswith("error")]
     last = (errors or [line for line in text.splitlines() if line.strip()] or [""])[-1][:300]
     if fuzz_damage.CANARY.exists():

@@ -14,7 +14,7 @@ from torch import Tensor
 from autoregressive.sample import guidance_map, sample_c2i, sample_c2i_ddp, sample_t2i_ddp
 from autoregressive.train import evaluate_c2i, extract_codes_c2i, extract_text, train_c2i, train_t2i
 from evaluations.c2i import classifier, evaluation_file, evaluator, features, judge
-from scripts import quickstart_report, released_weights
+from scripts import llamagen_codes, quickstart_report, released_weights
 from scripts.paper import plot_figures, plot_losses, sweep_c2i, table
 from tokenizer.tokenizer_image import code_distance, rearrange, reconstruction_vq_ddp, vq_train
 from tokenizer.validation import val_ddp
@@ -103,6 +103,11 @@ COMMANDS: dict[str, Command] = {
                        ("{out}/codes/codes.npy", "{out}/codes/header.json"), extract_codes_c2i.ExtractConfig),
     "extract npz": Command(extract_codes_c2i.main, "--data-path {images_npz} --vq-ckpt {tokenizer} " + EXTRACT,
                            ("{out}/codes/codes.npy", "{out}/codes/header.json")),
+    **{f"extract {kind}": Command(extract_codes_c2i.main, f"--data-path {{{kind}}} --vq-ckpt {{tokenizer}} {EXTRACT}",
+                                  ("{out}/codes/codes.npy", "{out}/codes/header.json")) for kind in ("table", "saved", "shards")},
+    "llamagen codes": Command(llamagen_codes.main, "{llamagen}/imagenet32_codes {llamagen}/imagenet32_labels --vq-ckpt {single} "
+                              "--code-path {out}/codes --num-classes 3", ("{out}/codes/codes.npy", "{out}/codes/header.json"),
+                              llamagen_codes.LlamaGenCodesConfig),
     # No options to fuzz: another encoder would be looked for on the hub.
     "extract text": Command(extract_text.main, "--data-path {images_npz} --text-encoder hashed --text-width 64 --short-captions "
                             "first-sentence --text-path {out}/text " + CPU,
@@ -162,6 +167,7 @@ READERS = {
     "gpt": ("evaluate", "sample", "grid", "export"), "classifier": ("judge", "reject", "vq train"), "single": ("rearrange",),
     "code_map": ("train mapped",), "mapping": ("mapping",), "run": ("resume", "evaluate checkpoint", "losses"),
     "samples": ("judge", "evaluator files"), "statistics": ("evaluator files",), "released": ("import",), "figures": ("row",),
+    "table": ("extract table",), "saved": ("extract saved",), "shards": ("extract shards",), "llamagen": ("llamagen codes",),
     "text": ("train text",), "text_gpt": ("sample text",), "prompts": ("sample text",),
 }
 

@@ -60,10 +60,10 @@ TRY_ALL = """
 import sys
 sys.path.insert(0, {root!r})
 from utils.config import UserError
-from utils.hub import local_file, local_folder
+from utils.hub import local_file, local_path
 for name in sys.argv[1:]:
     try:
-        print(local_folder(name, "--code-path") if "datasets" in name else local_file(name, "--gpt-ckpt", "gpt.safetensors"))
+        print(local_path(name, "--code-path") if "datasets" in name else local_file(name, "--gpt-ckpt", "gpt.safetensors"))
     except UserError as error:
         print("error:", error)
 """
@@ -137,6 +137,22 @@ def test_published_codes_are_trained_on_by_their_name(hub, tmp_path):
                    "--image-size", 32, "--downsample-size", 8, "--num-classes", 3, "--steps", 1, "--global-batch-size", 4,
                    "--data-parallel", "none", "--num-workers", 0, "--device", "cpu", "--run-dir", tmp_path / "run", **environment)
     assert done.returncode == 0 and (tmp_path / "run" / "gpt.safetensors").is_file()
+
+
+def test_images_of_a_data_set_are_read_by_its_name(hub, tmp_path):
+    """A data set of the hub stands where a folder of images may, with the choice of a split or a file in it."""
+    folder, environment = hub
+    made = folder / "datasets" / "me" / "images"
+    made.mkdir(parents=True)
+    images = np.random.default_rng(0).integers(0, 255, (6, 32, 32, 3), np.uint8)
+    np.savez(made / "train.npz", images=images, labels=np.arange(6) % 3)
+    command("tokenizer/validation/val_ddp.py", "--data-path", "hf:datasets/me/images/train.npz", "--image-size", 32,
+            "--num-workers", 0, "--out", tmp_path / "reference.npz", **environment)
+    with np.load(tmp_path / "reference.npz") as data:
+        assert np.array_equal(data["arr_0"], images)
+    told = command("tokenizer/validation/val_ddp.py", "--data-path", "hf:datasets/me/images/test.npz", "--image-size", 32,
+                   "--num-workers", 0, "--out", tmp_path / "other.npz", check=False, **environment)
+    assert told.returncode == 2 and "is there, but no test.npz in it" in told.stderr
 
 
 def test_a_folder_is_written_without_the_hub(tmp_path):

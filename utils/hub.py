@@ -73,8 +73,8 @@ def local_file(path: str | Path, option: str, name: str) -> Path:
         return Path(hf_hub_download(found.repository, wanted, revision=found.revision, repo_type=found.kind))
 
 
-def local_folder(path: str | Path, option: str) -> Path:
-    """Where the folder lies that `path` names: itself, or after a download that of a repository, with all that is in it.
+def local_path(path: str | Path, option: str) -> Path:
+    """Where the folder or file lies that `path` names: itself, or after a download that of a repository, with all that is in it.
 
     Raises UserError, naming `option`, where the hub does not give it.
     """
@@ -84,16 +84,16 @@ def local_folder(path: str | Path, option: str) -> Path:
     from huggingface_hub import snapshot_download
 
     with _explained(found, option, found.folder):
-        patterns = [f"{found.folder}/**"] if found.folder else None
+        patterns = [found.folder, f"{found.folder}/**"] if found.folder else None
         folder = Path(snapshot_download(found.repository, revision=found.revision, repo_type=found.kind, allow_patterns=patterns))
-    if not (folder / found.folder).is_dir():
-        raise UserError(f"{option} {printable(path)} is there, but not the folder {found.folder}: correct the name.")
+    if not (folder / found.folder).exists():
+        raise UserError(f"{option} {printable(path)} is there, but no {printable(found.folder)} in it: correct the name.")
     return folder / found.folder
 
 
-def hub_folder(option: str) -> PrimitiveConstructorSpec[Any]:
-    """Metadata of an `Annotated` path: the folder may be a repository of the hub, which is downloaded when options are read."""
-    return PrimitiveConstructorSpec(nargs=1, metavar="PATH", instance_from_str=lambda words: local_folder(words[0], option),
+def hub_path(option: str) -> PrimitiveConstructorSpec[Any]:
+    """Metadata of an `Annotated` path: it may be a repository of the hub, which is downloaded when options are read."""
+    return PrimitiveConstructorSpec(nargs=1, metavar="PATH", instance_from_str=lambda words: local_path(words[0], option),
                                     is_instance=lambda value: isinstance(value, Path),
                                     str_from_instance=lambda value: [str(value)])
 

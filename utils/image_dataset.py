@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
@@ -18,7 +17,6 @@ from torch.utils.data import DataLoader, Dataset
 from utils.batches import GlobalBatches
 from utils.config import Count, Positive, UserError
 from utils.crops import center_crop, random_crop, sample_rng, to_tensor
-from utils.hub import hub_folder
 from utils.image_source import ImageSource, UnreadableImage
 from utils.signals import ignore_in_worker
 
@@ -31,8 +29,9 @@ _MAX_UNREADABLE = 100  # in a row: more than this is a fault of the folder, not 
 class ImageOptions:
     """Where images come from and how they are cut."""
 
-    data_path: Annotated[Path, hub_folder("--data-path")]
-    """Folder with one sub-folder per class, or npz with `images` and `labels`."""
+    data_path: Path
+    """Folder with one sub-folder per class, npz with `images` and `labels`, WebDataset tar shards, or parquet or Arrow tables
+    (and behind :: their split or column of labels, DATA::train,label=NAME; all of it: utils/README.md)."""
     image_size: Positive = 256
     """Side of the square images in pixels."""
     num_workers: Count = 8

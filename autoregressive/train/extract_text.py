@@ -41,12 +41,13 @@ class ExtractTextConfig:
 
     encoder: TextEncoderOptions
     data_path: Path
-    """Folder with captions.jsonl, folder of WebDataset tar shards or one of them, or npz with `images` and `captions`."""
+    """Folder with captions.jsonl, folder of WebDataset tar shards or one of them, npz with `images` and `captions`, or table
+    with a column of captions (utils/README.md)."""
     text_path: Path
     """Folder to write; training looks for it as `text` in the folder of the codes."""
     caption_key: str = ""
-    """Which caption, where there are several: field of captions.jsonl (inner ones as text.short) or of a shard's .json, or array
-    of the npz; left out: `text`, the .txt, `captions`."""
+    """Which caption, where there are several: field of captions.jsonl (inner ones as text.short) or of a shard's .json, array of
+    the npz, or column of the table; left out: `text`, the .txt, `captions`, the column of a usual name."""
     short_captions: str = NONE
     """A second, short caption of each image: none; first-sentence, LlamaGen's; or the key of given ones, as in --caption-key."""
     batch_size: Count = 0

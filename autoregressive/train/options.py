@@ -18,7 +18,7 @@ from utils.code_shards import CodeHeader, read_joint_header
 from utils.config import Count, Fraction, NonNegative, Positive, Probability, UserError, Values, choices, flag, require_multiple
 from utils.devices import Compile
 from utils.distributed import nodes
-from utils.hub import hub_folder
+from utils.hub import hub_path
 from utils.optim import OptimOptions, typed_schedule
 from utils.run import RunOptions
 from utils.shards import require_fit
@@ -29,7 +29,7 @@ from utils.text_shards import CaptionOptions
 class CodeOptions:
     """Which codes to train on."""
 
-    code_path: tuple[Annotated[Path, hub_folder("--code-path")], ...]
+    code_path: tuple[Annotated[Path, hub_path("--code-path")], ...]
     """Folders written by extract_codes_c2i.py for the same images (say, ten-crops of range 1.1 and 1.05): crops are drawn from
     all of them."""
     code_map: str = ""
