@@ -25,8 +25,8 @@ from utils.crops import to_tensor
 from utils.distributed import Processes, all_reduce_sum
 from utils.files import check_exists
 from utils.image_store import ImageStore
+from utils.logs import progress
 from utils.npz import open_array
-from utils.run import progress
 
 log = logging.getLogger("rejection")
 
