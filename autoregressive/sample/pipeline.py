@@ -11,7 +11,15 @@ from torch import Tensor
 from autoregressive.models.conditions import Given, each
 from autoregressive.models.ctf import FineOptions, refine
 from autoregressive.models.decode_modes import MODES
-from autoregressive.models.generate import Decoder, SamplingOptions, carried_fields, cfg_ranges, draw_uniforms, per_stream
+from autoregressive.models.generate import (
+    Decoder,
+    SamplingOptions,
+    carried_fields,
+    cfg_ranges,
+    check_read,
+    draw_uniforms,
+    per_stream,
+)
 from autoregressive.models.gpt import GPT, load_gpt, place
 from autoregressive.sample.image_decoder import ImageDecoder, Images
 from tokenizer.tokenizer_image.vq_model import load_tokenizer
@@ -173,10 +181,12 @@ def check_classes(classes: tuple[int, ...], names: tuple[str, ...], pipeline: Pi
 
 
 def check_sampling(sampling: SamplingOptions, gpt: GPT) -> None:
-    """Raise UserError, naming the flag, for a guidance range, or a count of temperatures or filters, that fits no model."""
+    """Raise UserError, naming the flag, for a guidance range, or a count of temperatures or filters, that fits no model, and for
+    what the guidance does not read."""
     streams = len(gpt.config.codebook_sizes)
     try:
         cfg_ranges(sampling, gpt)
+        check_read(sampling, gpt)
         for name in ("temperature", "top_k", "top_p"):
             per_stream(getattr(sampling, name), streams, name)
     except ValueError as error:
