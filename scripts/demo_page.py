@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from autoregressive.models.generate import SamplingOptions, cfg_ranges
+from autoregressive.models.guidance import GUIDANCE
 from autoregressive.sample.guidance_map import draw, has_map, measure
 from autoregressive.sample.pipeline import check_sampling, with_options
 from autoregressive.sample.serving import Batcher
@@ -65,7 +66,7 @@ class Page:
         constant = self.pipeline.sampling.guidance == "constant"
         changes: dict[str, Any] = {"cfg_scale": (float(start),) if constant else (float(start), float(end)), "seed": int(seed),
                                    "temperature": (float(temperature),), "top_k": (int(top_k),)}
-        if reads_weight(self.pipeline.sampling):
+        if GUIDANCE[self.pipeline.sampling.guidance].reads_weight:
             changes["cfg_attention_weight"] = float(weight)
         sampling = with_options(self.pipeline.sampling, changes)
         check_sampling(sampling, self.pipeline.gpt)
@@ -119,11 +120,6 @@ class Page:
             yield self.grid(images)
 
 
-def reads_weight(sampling: SamplingOptions) -> bool:
-    """Whether the schedule of guidance reads the attention weight."""
-    return sampling.guidance in ("attention", "attention_shuffled")
-
-
 def condition_control(page: Page) -> Any:
     """Where a class is searched by name, or a caption is typed."""
     if not page.by_class:
@@ -152,7 +148,7 @@ def sampling_controls(page: Page) -> list[Any]:
             low = gr.Slider(0, highest, start, step=0.05, label="Guidance scale" + ("" if constant else ", first cell"))
             high = gr.Slider(0, highest, end, step=0.05, label="Guidance scale, last cell", visible=not constant)
             weight = gr.Slider(0, 2, min(sampling.cfg_attention_weight, 2), step=0.05, label="Attention weight",
-                               visible=reads_weight(sampling))
+                               visible=GUIDANCE[sampling.guidance].reads_weight)
         with gr.Row():
             temperature = gr.Slider(0, 2, min(sampling.temperature[0], 2), step=0.05, label="Temperature")
             top_k = gr.Number(sampling.top_k[0], label="Top-k (0: all)", precision=0, minimum=0)

@@ -21,8 +21,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started by its path
 
-from tqdm import tqdm
-
 from scripts import fuzz_damage
 from scripts.fuzz_commands import COMMANDS, READERS, fields_of, words_of
 from scripts.fuzz_damage import Skip
@@ -30,6 +28,7 @@ from scripts.fuzz_tables import damages_of
 from scripts.fuzz_world import World
 from utils.config import AboveZero, Count, Positive, Seed, UserError, declared_values, flag, parse, run_main
 from utils.files import check_writable, write_json
+from utils.logs import followed
 from utils.untrusted import printable
 
 VALUES = ("nan", "inf", "-inf", "-1", "0", "1e309", "", "9" * 30, "x", "1.5", "-0.5")
@@ -235,7 +234,7 @@ def main() -> None:
     started = time.perf_counter()
     with make_world(config.time_limit) as world:
         numbers = range(config.cases) if config.only is None else [config.only]
-        cases = [run_case(number, config, world) for number in tqdm(numbers, desc="fuzz", unit="cases", mininterval=5)]
+        cases = [run_case(number, config, world) for number in followed(numbers, "fuzz", "cases")]
         if config.only is not None:
             print(*map(printable, (world.out / "stderr").read_text(errors="replace").splitlines()), sep="\n")
     print_report(cases, config.seed, time.perf_counter() - started)

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from utils.config import UserError, file_error, flatten
+from utils.config import UserError, file_error, flag, flatten
 from utils.distributed import Processes, full_tensor, lost_peer, patient_group
 from utils.files import replacing, require_same, write_json
 from utils.hub import local_file
@@ -56,6 +56,16 @@ class RunRecord:
     options: dict[str, Any]           # resolved options of the command
     fixed: tuple[str, ...]            # names of the options that must not change on resume
     export: dict[str, Any] = field(default_factory=dict)  # what the exported file will say, where that is known
+    flags: dict[str, str] = field(default_factory=dict)   # options that decide fields of `model` of other names
+
+    def saved(self) -> dict[str, Any]:
+        """What is written; the flags are for messages alone."""
+        return {name: value for name, value in asdict(self).items() if name != "flags"}
+
+    def remedy(self, name: str) -> str:
+        """What to do where `name` is another now than when the run was begun."""
+        option = self.flags.get(name) or (flag(name) if name in flatten(self.options) else "the options")
+        return f"choose another --run-dir, or give {option} as when this run was begun"
 
 
 class CheckpointWriter:
@@ -101,7 +111,7 @@ class CheckpointWriter:
         with self._explained():
             future.result()  # in the main process only when all others have written their part
             if self.processes.is_main:
-                write_json(aside / "config.json", asdict(self.record) | {"metrics": metrics})
+                write_json(aside / "config.json", self.record.saved() | {"metrics": metrics})
                 target = self.folder / aside.name.removeprefix(".writing-")
                 shutil.rmtree(target, ignore_errors=True)
                 os.replace(aside, target)
@@ -156,7 +166,7 @@ def load_checkpoint(path: Path, state: dict[str, Any], record: RunRecord,
     fixed = {name: now[name] for name in record.fixed}
     # An option that was added after the checkpoint was written cannot differ.
     require_same(record.defaults | saved["model"] | {name: before.get(name, now[name]) for name in fixed}, record.model | fixed,
-                 f"checkpoint {path} was made with", "choose another --run-dir or the options it was started with")
+                 f"checkpoint {path} was made with", record.remedy)
     for name in sorted(set(before) & set(now)):
         if before[name] != now[name]:
             log.warning("resuming with %s %s, which was %s before", name, now[name], before[name])

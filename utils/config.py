@@ -91,6 +91,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What is said of files in one sentence: no space, a folder in the place of a file, or the other way round, no permission.
 _FILE_ERRORS = (*NO_SPACE, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 _print_thread_error = threading.excepthook
+_undo = list[Callable[[], None]]()
 
 
 def flag(name: str) -> str:
@@ -208,12 +209,18 @@ def require_multiple(option: str, value: int, divisor: int, of: str) -> None:
         raise UserError(f"{option} {value} is not a multiple of {divisor}, {of}: choose one that is.")
 
 
+def when_refused(undo: Callable[[], None]) -> None:
+    """Have `undo` called where the command ends by a UserError, the last one first: a refusal leaves nothing behind."""
+    _undo.append(undo)
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry point; a UserError becomes one line on standard error and exit code 2, never a traceback.
 
     So does a file that cannot be read or written, such as one on a full disk.
     """
     threading.excepthook = _thread_failed
+    _undo.clear()
     try:
         try:
             with leaving_at_once():
@@ -225,6 +232,9 @@ def run_main(main: Callable[[], None]) -> None:
             logging.shutdown()
             os._exit(0)
     except UserError as error:
+        while _undo:
+            with suppress(OSError):
+                _undo.pop()()
         # A loader process hands its error over wrapped in a traceback, whose last line is the sentence.
         _complain(" ".join(str(error).rpartition("utils.config.UserError: ")[2].split()))
         sys.exit(2)

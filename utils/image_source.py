@@ -24,7 +24,10 @@ from utils.npz import NPZ_ERRORS, array_checksum, array_header, array_keys, open
 from utils.texts import Texts
 from utils.untrusted import printable, shortened
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp")
+# Names of images that are left out, with a word about them.
+OTHER_EXTENSIONS = (".tif", ".tiff", ".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".ppm", ".pgm", ".tga", ".psd",
+                    ".raw", ".dng", ".cr2", ".nef", ".arw")
 # By content, whatever the name says: some of ImageNet's .JPEG are PNG.  Other decoders of Pillow start programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 MAX_PIXELS = 178_956_970  # of one image: Pillow's own bound, which other libraries switch off

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from utils.config import UserError
 from utils.data_path import DataPath, parse_data_path
 from utils.files import check_exists
 from utils.hub import local_path
-from utils.image_source import EXTENSIONS, ArrayImages, FolderImages, ImageSource, UnreadableImage
+from utils.image_source import EXTENSIONS, OTHER_EXTENSIONS, ArrayImages, FolderImages, ImageSource, UnreadableImage
 from utils.labels import require_labels
 from utils.npz import NPZ_ERRORS, array_header, array_keys, open_array
 from utils.table_files import is_table
@@ -83,30 +84,43 @@ def _open_folder(path: Path, option: str) -> FolderImages:
         log.warning("%s %s: %d images beside the class folders belong to no class and are left out", option, path, flat)
     files: list[str] = []
     labels: list[int] = []
+    others = Counter[str]()
     for label, class_name in enumerate(class_names):
-        found = _images_below(path / class_name, path)
+        found, left_out = _images_below(path / class_name, path)
         if not found:
+            seen = f", only {_kinds(left_out)}: convert them" if left_out else ": put its images into it"
             raise UserError(f"{option} {path} has a class folder {class_name!r} without any image "
-                            f"({' '.join(EXTENSIONS)}): remove the folder or put its images into it.")
+                            f"({' '.join(EXTENSIONS)}){seen}, or remove the folder.")
         files += found
         labels += [label] * len(found)
+        others += left_out
+    if others:
+        log.warning("%s %s: %d images of other kinds than %s are left out (%s): convert them if they are wanted", option, path,
+                    others.total(), " ".join(EXTENSIONS), _kinds(others))
     return FolderImages(path, option, files, np.array(labels), class_names)
+
+
+def _kinds(others: Counter[str]) -> str:
+    """How many files there are of each suffix."""
+    return ", ".join(f"{count} {suffix}" for suffix, count in others.most_common())
 
 
 def _is_image(name: str) -> bool:
     return not name.startswith(".") and name.lower().endswith(EXTENSIONS)
 
 
-def _images_below(folder: Path, root: Path) -> list[str]:
-    """Paths relative to `root` of all images at or below `folder`, sorted by folder, then by name."""
-    found, seen = [], set()
+def _images_below(folder: Path, root: Path) -> tuple[list[str], Counter[str]]:
+    """Paths relative to `root` of all images at or below `folder`, sorted by folder, then by name; other kinds by suffix."""
+    found, others, seen = [], Counter[str](), set()
     for base, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(base)
         folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
         if real not in seen:  # a link to a folder above it would be followed without end
             found += [os.path.relpath(os.path.join(base, name), root) for name in sorted(names) if _is_image(name)]
+            suffixes = (os.path.splitext(name)[1].lower() for name in names if not name.startswith("."))
+            others.update(suffix for suffix in suffixes if suffix in OTHER_EXTENSIONS)
         seen.add(real)
-    return found
+    return found, others
 
 
 def _open_npz(path: Path, option: str) -> ArrayImages:

@@ -72,8 +72,7 @@ def per_stream(values: tuple[V, ...], streams: int, name: str) -> tuple[V, ...]:
 
 
 def cfg_ranges(options: SamplingOptions, gpt: GPT) -> list[tuple[float, float]]:
-    """The guidance (start, end) of every stream; raises ValueError for a range that is upside down or incomplete, and a
-    power that the schedule does not read."""
+    """The guidance (start, end) of every stream; raises ValueError for a range that is upside down or incomplete."""
     streams, values, grid = len(gpt.config.codebook_sizes), options.cfg_scale, gpt.config.grid_size
     if not values:
         size = gpt.provenance.gpt_model
@@ -92,9 +91,17 @@ def cfg_ranges(options: SamplingOptions, gpt: GPT) -> list[tuple[float, float]]:
         if options.guidance == "constant" and start != end:
             raise ValueError(f"cfg_scale {start} {end} is a range but constant guidance takes one value: give one value or use "
                              "progressive guidance.")
-    if options.cfg_power != SamplingOptions.cfg_power and not GUIDANCE[options.guidance].reads_power:
-        raise ValueError(f"cfg_power {options.cfg_power} is of power_cosine guidance, not of {options.guidance}: leave it out.")
     return ranges
+
+
+def check_read(options: SamplingOptions, gpt: GPT) -> None:
+    """Raise ValueError for a power or a weight that the schedule does not read; what the checkpoint carries may stay."""
+    schedule, carried = GUIDANCE[options.guidance], vars(carried_sampling(gpt))
+    for name, read, of in (("cfg_power", schedule.reads_power, "power_cosine"),
+                           ("cfg_attention_weight", schedule.reads_weight, "attention")):
+        value = getattr(options, name)
+        if not read and value not in (getattr(SamplingOptions, name), carried[name]):
+            raise ValueError(f"{name} {value} is of {of} guidance, not of {options.guidance}: leave it out.")
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -111,6 +111,8 @@ class Guidance(NamedTuple):
     recall: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     """(attention of all steps [B, M], known up to the step [1]; a uniform number of the step [B, 1]) -> the a [B, 1] that `scale`
     is given; None: the step's own."""
+    reads_weight: bool = False
+    """Whether w is needed."""
 
     def progress(self, step: int, steps: int, power: float) -> float:
         """How far `step` is, counted from 0, of `steps`, in the schedule's shape."""
@@ -120,14 +122,14 @@ class Guidance(NamedTuple):
 GUIDANCE: dict[str, Guidance] = {
     "constant": Guidance(constant),
     "progressive": Guidance(progressive),
-    "attention": Guidance(progressive_attention, reads_attention=True),
+    "attention": Guidance(progressive_attention, reads_attention=True, reads_weight=True),
     "equation18": Guidance(equation18, reads_attention=True, reaches_end=False, one_is_off=False),
     # Not of the paper.
     "power_cosine": Guidance(progressive, reaches_end=False, shape=power_cosine, reads_power=True),
     "reversed": Guidance(progressive, shape=falling),
     "equation18_rescaled": Guidance(equation18, reads_attention=True, reaches_end=False, one_is_off=False,
                                     recall=relative_attention),
-    "attention_shuffled": Guidance(progressive_attention, reads_attention=True, recall=shuffled_attention),
+    "attention_shuffled": Guidance(progressive_attention, reads_attention=True, recall=shuffled_attention, reads_weight=True),
 }
 
 # Guidance (start, end) by number of codebooks, size and side of the grid.

@@ -22,6 +22,7 @@ from autoregressive.models.generate import (
     Decoder,
     SamplingOptions,
     cfg_ranges,
+    check_read,
     draw_uniforms,
     per_stream,
     whole_rows,
@@ -288,10 +289,12 @@ def with_options(sampling: SamplingOptions, options: dict[str, Any]) -> Sampling
 
 
 def check_sampling(sampling: SamplingOptions, gpt: GPT) -> None:
-    """Raise UserError, naming the flag, for a guidance range, or a count of temperatures or filters, that fits no model."""
+    """Raise UserError, naming the flag, for a guidance range, or a count of temperatures or filters, that fits no model, and for
+    what the guidance does not read."""
     streams = len(gpt.config.codebook_sizes)
     try:
         cfg_ranges(sampling, gpt)
+        check_read(sampling, gpt)
         for name in ("temperature", "top_k", "top_p"):
             per_stream(getattr(sampling, name), streams, name)
     except ValueError as error:

@@ -26,8 +26,8 @@ from utils.distributed import Processes, all_reduce_sum
 from utils.files import check_exists
 from utils.hub import is_hub_name
 from utils.image_store import ImageStore
+from utils.logs import progress
 from utils.npz import open_array
-from utils.run import progress
 
 log = logging.getLogger("rejection")
 

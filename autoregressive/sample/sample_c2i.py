@@ -8,7 +8,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its path
 
 import numpy as np
-from tqdm import tqdm
 
 from autoregressive.models.ctf import FineOptions
 from autoregressive.models.generate import SamplingOptions
@@ -17,8 +16,8 @@ from autoregressive.sample.pipeline import Pipeline, check_classes
 from utils.config import Count, Positive, UserError, parse, run_main
 from utils.distributed import setup
 from utils.files import check_writable
+from utils.logs import followed, set_up_logging
 from utils.pictures import image_grid, save_picture
-from utils.run import set_up_logging
 
 log = logging.getLogger("sample_c2i")
 
@@ -55,7 +54,7 @@ def main() -> None:
     labels = np.repeat(np.array(config.classes), config.per_class)
     images = [pipeline.sample(labels[first : first + config.batch_size],
                               np.arange(first, min(first + config.batch_size, len(labels))))
-              for first in tqdm(range(0, len(labels), config.batch_size), desc="sample", unit="batches")]
+              for first in followed(range(0, len(labels), config.batch_size), "sample", "batches", processes)]
     grid = image_grid(np.concatenate(images), config.per_class, rows=names, scale=max(1, 64 // pipeline.image_size))
     save_picture(grid, config.out)
     log.info("wrote %s", config.out)

@@ -22,8 +22,8 @@ from utils.distributed import Processes, agree, all_reduce_sum, setup
 from utils.files import check_writable
 from utils.image_source import ImageSource
 from utils.images import open_images
+from utils.logs import progress, set_up_logging
 from utils.optim import uses_bf16
-from utils.run import progress, set_up_logging
 from utils.text_encoders import CaptionEncoder, TextEncoderOptions, make_encoder
 from utils.text_shards import TextHeader, TextWriter, known_lengths
 from utils.texts import Texts

@@ -1,6 +1,6 @@
 """Options of GPT training: table 11's recipes, and the model that options and codes describe."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +22,8 @@ from utils.hub import hub_path
 from utils.optim import OptimOptions, typed_schedule
 from utils.run import RunOptions
 from utils.shards import require_fit
-from utils.text_shards import CaptionOptions
+from utils.text_encoders import EncoderRecord
+from utils.text_shards import CaptionOptions, read_text_header
 
 
 @dataclass
@@ -41,7 +42,7 @@ class CodeOptions:
     keep_best: bool = False
     """Keep the model of the evaluation with the fewest bits per image in best/gpt.safetensors (early stopping)."""
     num_workers: Count = 4
-    """Loader processes for each training process."""
+    """Loader processes for each training process, at most one a CPU."""
 
 
 @dataclass
@@ -150,7 +151,12 @@ class TrainConfig:
 
 # Options that must not change on resume.
 FIXED_OPTIONS = ("seed", "global_batch_size", "ema_decay", "lr_schedule", "weight_decay", "semantic_weight", "cluster_weight",
-                 "cluster_size", "optimizer")
+                 "cluster_size", "order_anneal", "optimizer")
+# What decides fields of the model, and facts of the codes, that are no options of the same name.
+MODEL_FLAGS = (dict.fromkeys(("dim", "n_layer", "n_head"), "--gpt-model") | {"grid_size": "--image-size and --downsample-size"}
+               | dict.fromkeys(("token_dropout", "resid_dropout", "ffn_dropout"), "--dropout")
+               | dict.fromkeys(("tokenizer", "images_checksum"), "--code-path") | {"coarse": "--code-map"}
+               | dict.fromkeys(("caption_length", "caption_dim", *(each.name for each in fields(EncoderRecord))), "--text-path"))
 
 
 @dataclass(frozen=True)
@@ -217,6 +223,8 @@ def recipe(config: TrainConfig) -> dict[str, Any]:
             defaults["data_parallel"] = "hsdp"
     if config.recipe == "beyond":
         defaults["optimizer"] = "muon"
+    if options.condition == "text" and not has_short_captions(config):
+        defaults["short_captions"] = 0.0
     return defaults | typed_schedule(config.optim)
 
 
@@ -256,6 +264,14 @@ def told(config: TrainConfig) -> Told:
     if not all((folder / "header.json").exists() for folder in config.codes.code_path):
         return Told()
     return find_source(options.condition).tell(config.codes.code_path, "--code-path", config.captions)
+
+
+def has_short_captions(config: TrainConfig) -> bool:
+    """Whether the features of --code-path have short captions, or there are none yet, of which `told` says what is wrong."""
+    try:
+        return read_text_header(config.codes.code_path[0], config.captions.text_path).crops > 1
+    except UserError:
+        return True
 
 
 def choose_paradigm(options: GPTOptions, codebook_sizes: tuple[int, ...], code_map: CodeMap | None) -> str:

@@ -26,6 +26,7 @@ from utils.class_names import different_names
 from utils.config import Device, Positive, parse, run_main, to_dict
 from utils.distributed import choose_device
 from utils.files import check_file_to_write, write_json
+from utils.logs import StandardError
 
 log = logging.getLogger("evaluator")
 
@@ -133,7 +134,7 @@ def print_result(metrics: dict[str, float | None]) -> None:
 def main(args: list[str] | None = None) -> None:
     """Evaluate as the command line says; args: arguments instead of the command line's."""
     config = parse(EvaluatorConfig, args=args)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", handlers=[StandardError()])
     device = choose_device(config.device)
     if config.json is not None:
         check_file_to_write(config.json, "--json")

@@ -11,8 +11,6 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from evaluations.c2i import evaluation_file
 from evaluations.c2i.evaluation_file import EvaluationFile
@@ -25,6 +23,7 @@ from evaluations.c2i.inception import (
 )
 from evaluations.c2i.metrics import Moments, inception_score
 from utils.files import replacing
+from utils.logs import progress
 from utils.npz import NPZ_ERRORS, read_small
 from utils.untrusted import shortened
 
@@ -65,11 +64,11 @@ def ahead(items: Iterable[T]) -> Iterator[T]:
 
 
 def compute_features(file: EvaluationFile, network: Inception, device: torch.device, batch_size: int) -> Features:
-    """Run every image of `file` through the network, with a progress bar on standard error."""
+    """Run every image of `file` through the network, and show the progress on standard error."""
     pool3 = np.empty((file.count, POOL_FEATURES), np.float32)
     probs = np.empty((file.count, CLASSES), np.float32)
     pool_moments, spatial_moments, done = Moments(), Moments(), 0
-    with logging_redirect_tqdm(), tqdm(total=file.count, desc=file.path.name, unit="image") as bar:
+    with progress(file.count, file.path.name, "images") as bar:
         for batch in ahead(file.batches(batch_size)):
             images = torch.from_numpy(batch.astype(np.uint8 if batch.dtype == np.uint8 else np.float32))
             pool, spatial, prob = network(images.to(device).permute(0, 3, 1, 2))

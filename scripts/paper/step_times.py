@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its p
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from autoregressive.train.options import TrainConfig, gpt_config, mapped_header, recipe
 from autoregressive.train.train_c2i import set_up, train_step
@@ -29,6 +28,7 @@ from utils.code_shards import CodeDataset
 from utils.config import Positive, UserError, parse, run_main
 from utils.distributed import Processes, setup
 from utils.files import check_writable, write_json
+from utils.logs import followed
 from utils.run import MeanMetrics, Run
 
 MARK = "system="
@@ -113,7 +113,7 @@ def main() -> None:
     check_writable(config.out.parent, "--out")
     processes = setup("auto")
     trained = {name: Trained(words, processes) for name, words in systems.items()}
-    for turn in tqdm(range(config.rounds + 1), desc="rounds"):
+    for turn in followed(range(config.rounds + 1), "time", "rounds", processes):
         for each in trained.values():
             seconds = each.steps(config.steps, processes.device)
             if turn:

@@ -1,4 +1,4 @@
-"""Evaluation of a tokenizer over a whole image set: PSNR, LPIPS, usage and perplexity of every codebook, pictures."""
+"""Evaluation of a tokenizer over a whole image set: PSNR, perceptual distance, usage of every codebook, pictures."""
 
 from collections.abc import Iterator
 
@@ -68,13 +68,14 @@ def reconstruct(tokenizer: VQModel, dataset: ImageDataset, rows: np.ndarray, str
 
 @torch.no_grad()
 def evaluate_tokenizer(tokenizer: VQModel, dataset: ImageDataset, streams: Streams, perceptual: nn.Module,
-                       processes: Processes, batch_size: int, num_workers: int = 0) -> dict[str, float]:
+                       processes: Processes, batch_size: int, num_workers: int = 0, distance: str = "lpips") -> dict[str, float]:
     """Figures of a tokenizer in evaluation mode over the whole set, all processes together.
 
-    Returns psnr (dB) and lpips, means over images; the number of images; usage_* and perplexity_* by stream.
+    distance: what the perceptual distance is called (`distance_name`).  Returns psnr (dB) and that distance, means over images;
+    the number of images; usage_* and perplexity_* by stream.
     """
     usage = CodeUsage(tokenizer.config.codebook_sizes, processes.device)
-    sums = torch.zeros(3, device=processes.device)  # PSNR, LPIPS, images
+    sums = torch.zeros(3, device=processes.device)  # PSNR, perceptual distance, images
     rows = np.arange(processes.rank, len(dataset), processes.world_size)
     for _, images, reconstructions, codes in reconstruct(tokenizer, dataset, rows, streams, batch_size, num_workers,
                                                          processes.device):
@@ -82,8 +83,8 @@ def evaluate_tokenizer(tokenizer: VQModel, dataset: ImageDataset, streams: Strea
         sums[0] += psnr(to_uint8(images), to_uint8(reconstructions)).sum()
         sums[1] += perceptual(images, reconstructions.clamp(-1, 1)).sum()
         sums[2] += len(images)
-    total_psnr, total_lpips, count = all_reduce_sum(sums, processes).tolist()
-    figures = {"psnr": total_psnr / count, "images": count, "lpips": total_lpips / count}
+    total_psnr, total_distance, count = all_reduce_sum(sums, processes).tolist()
+    figures = {"psnr": total_psnr / count, "images": count, distance: total_distance / count}
     return figures | usage.figures(tokenizer.quantizer.streams(streams), processes)
 
 

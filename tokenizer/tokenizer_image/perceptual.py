@@ -34,6 +34,12 @@ class PerceptualOptions:
     """Local weights: a torchvision state dict, or a classifier file; empty: the usual download."""
 
 
+def distance_name(options: PerceptualOptions) -> str:
+    """What the distance is called among figures: lpips, or a name of its own where it compares with no published number."""
+    net = options.perceptual_net
+    return f"perceptual_{net}" if net in ("random", "classifier") else "lpips"
+
+
 class ClassifierDistance(nn.Module):
     """Squared distance of pixels and of a classifier's unit-normalised feature maps, averaged over cells and layers.
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from tokenizer.tokenizer_image.codebook import CodeUsage, warn_of_collapse
 from tokenizer.tokenizer_image.evaluate import psnr, reconstruct, reconstruction_grid, ssim
-from tokenizer.tokenizer_image.perceptual import PerceptualOptions, build_perceptual
+from tokenizer.tokenizer_image.perceptual import PerceptualOptions, build_perceptual, distance_name
 from tokenizer.tokenizer_image.quantizer import Streams
 from tokenizer.tokenizer_image.vq_model import VQModel, load_tokenizer
 from utils.config import Count, Device, Positive, UserError, parse, require_multiple, run_main
@@ -29,8 +29,8 @@ from utils.files import check_writable, write_json
 from utils.image_dataset import ImageDataset, ImageOptions
 from utils.image_store import ImageStore
 from utils.images import open_images
+from utils.logs import progress, set_up_logging
 from utils.pictures import save_picture
-from utils.run import progress, set_up_logging
 
 
 @dataclass
@@ -68,7 +68,7 @@ def run_share(config: ReconstructionConfig, tokenizer: VQModel, dataset: ImageDa
     """Reconstruct this process's share into the store; returns the figures of all processes together."""
     perceptual = build_perceptual(config.perceptual, processes.device)
     usage = CodeUsage(tokenizer.config.codebook_sizes, processes.device)
-    sums = torch.zeros(5, dtype=torch.float64, device=processes.device)  # PSNR, SSIM twice, LPIPS, images
+    sums = torch.zeros(5, dtype=torch.float64, device=processes.device)  # PSNR, SSIM twice, perceptual distance, images
     size = (config.image_size_eval,) * 2
     share = store.share()
     with progress(len(share), "reconstruct", "images", processes) as bar:
@@ -87,7 +87,7 @@ def run_share(config: ReconstructionConfig, tokenizer: VQModel, dataset: ImageDa
             bar.update(len(rows))
     store.mark_skipped(np.intersect1d(share, store.missing()))
     total = all_reduce_sum(sums, processes).tolist()
-    names = "psnr", "ssim", "ssim_full_range", "lpips"
+    names = "psnr", "ssim", "ssim_full_range", distance_name(config.perceptual)
     figures = {name: value / total[4] for name, value in zip(names, total)} | {"images": int(total[4])}
     figures |= usage.figures(tokenizer.quantizer.streams(config.streams), processes)
     figures["perceptual_net"] = config.perceptual.perceptual_net
@@ -105,7 +105,7 @@ def main() -> None:
     source = open_images(config.images.data_path)
     check_writable(config.out.parent, "--out")
     size = config.image_size_eval or config.images.image_size
-    dataset = ImageDataset(source, config.images.image_size)
+    dataset = ImageDataset(source, config.images.image_size, left_out=True)
     tokenizer = open_tokenizer(config, processes)
     # A whole set takes minutes and every figure needs every image: an interrupted run starts over.
     store = ImageStore(config.out, (len(source), size, size, 3),

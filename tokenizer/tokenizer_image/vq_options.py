@@ -126,6 +126,11 @@ FIXED_OPTIONS = ("seed", "global_batch_size", "ema_decay", "recipe", "lr_schedul
                  "perceptual_weight", "disc_weight", "interleave_gradients", "gradient")
 
 
+# What decides fields of the model that are no options of the same name.
+MODEL_FLAGS = dict.fromkeys(("channels", "encoder_multipliers", "decoder_multipliers", "latent_channels", "residual_blocks",
+                             "stem", "norm_groups", "attention", "zero_residual"), "--vq-model")
+
+
 # Epochs of 1,281,167 images in batches of 128, where they are not LlamaGen's 40: IAR2's released file is step 485,000 of stage 2.
 EPOCHS = {("released", "dual"): 48.5}
 

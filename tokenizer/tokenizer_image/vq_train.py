@@ -26,17 +26,18 @@ from torch.distributed.checkpoint.state_dict import (
 from tokenizer.tokenizer_image.codebook import (
     CodeUsage,
     initialise_codebook,
+    remedies,
     revive_dead_codes,
     warn_of_collapse,
     whiten_projection,
 )
 from tokenizer.tokenizer_image.discriminator import PatchGAN
 from tokenizer.tokenizer_image.evaluate import evaluate_tokenizer, reconstruction_grid
-from tokenizer.tokenizer_image.perceptual import build_perceptual
+from tokenizer.tokenizer_image.perceptual import build_perceptual, distance_name
 from tokenizer.tokenizer_image.quantizer import GRADIENTS, QUANTIZERS, Quantized, Streams
 from tokenizer.tokenizer_image.vq_loss import PROCEDURES, RECIPES, LossWeights, TokenizerLoss
 from tokenizer.tokenizer_image.vq_model import TokenizerProvenance, VQConfig, VQModel, build_tokenizer
-from tokenizer.tokenizer_image.vq_options import FIXED_OPTIONS, VQTrainConfig, quantizer_name, recipe
+from tokenizer.tokenizer_image.vq_options import FIXED_OPTIONS, MODEL_FLAGS, VQTrainConfig, quantizer_name, recipe
 from utils.batches import GlobalBatches, StepPlan, plan_steps
 from utils.checkpoint import RunRecord, export, fingerprint, load_weights, read_export, read_initial
 from utils.config import UserError, parse, require_multiple, run_main, to_dict
@@ -45,8 +46,9 @@ from utils.distributed import Processes, average_gradients, setup
 from utils.ema import EMA
 from utils.image_dataset import ImageDataset, train_loader
 from utils.images import open_images
+from utils.logs import set_up_logging
 from utils.optim import clip_gradients, initialise_optimizer, learning_rate, set_learning_rate, step_if_finite, trains_in_bf16
-from utils.run import Run, set_up_logging
+from utils.run import Run, first_line
 from utils.train_state import TrainState
 
 log = logging.getLogger("vq_train")
@@ -159,7 +161,7 @@ def open_datasets(config: VQTrainConfig) -> tuple[ImageDataset, ImageDataset]:
     if evaluation.val_limit:
         held_out = held_out.subset(evaluation.val_limit)
     training = ImageDataset(source, size, config.run.seed, config.augmentation.random_crop, config.augmentation.random_flip)
-    return training, ImageDataset(held_out, size)
+    return training, ImageDataset(held_out, size, left_out=True)
 
 
 @torch.no_grad()
@@ -283,12 +285,13 @@ def evaluate(training: TokenizerState, dataset: ImageDataset, plan: StepPlan, co
     model, streams = training.model.eval(), trained_streams(config)
     with run.timed("evaluation"), training.averaged():
         figures = evaluate_tokenizer(model, dataset, streams, training.loss.perceptual, run.processes, plan.micro_batch,
-                                     config.images.num_workers)
+                                     config.images.num_workers, distance_name(config.perceptual))
         if run.processes.is_main:
             run.picture(step + 1, "reconstructions", reconstruction_grid(model, dataset, streams, run.processes.device))
     model.train()
     run.write_evaluation(step, figures)
-    if (usage := warn_of_collapse(figures, model.config, config.images.image_size)) < COLLAPSED:
+    care = remedies(model.config, config.codebook.codebook_init, config.codebook.revive_every)
+    if (usage := warn_of_collapse(figures, model.config, config.images.image_size, care)) < COLLAPSED:
         run.doubt(f"step {step + 1}: a codebook is used to {100 * usage:.1f}%")
     return figures
 
@@ -314,8 +317,12 @@ def train(config: VQTrainConfig, processes: Processes) -> None:
     initial, begun_from = read_initial(config.init_from, "tokenizer")
     training = set_up(config, initial, processes)
     record = RunRecord("tokenizer", model=to_dict(training.model.config) | {"stage": config.stage} | begun_from,
-                       defaults=to_dict(VQConfig()) | begun_from, options=to_dict(config), fixed=FIXED_OPTIONS)
+                       defaults=to_dict(VQConfig()) | begun_from, options=to_dict(config), fixed=FIXED_OPTIONS,
+                       flags=MODEL_FLAGS)
     run = Run(config.run, record, processes, plan.total_steps)
+    log.info(first_line(f"{config.tokenizer.vq_model}, stage {config.stage}", len(training_set),
+                        f"{training_set.source.num_classes} classes", sum(p.numel() for p in training.model.parameters()), plan,
+                        processes))
     first_step = run.resume(training)
     if first_step == 0 and config.codebook.codebook_init != "uniform":
         introduce_codebook(training.model, training_set, config, processes)

@@ -6,7 +6,6 @@ same command carries on after a crash.  Unlike LlamaGen's script it keeps the la
 makes no folder of PNG files; unreadable images are named and left out instead of ending the run.
 """
 
-import logging
 import sys
 import zlib
 from dataclasses import dataclass
@@ -16,14 +15,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its path
 
 import numpy as np
-from tqdm import tqdm
 
 from utils.config import Count, parse, run_main
 from utils.crops import center_crop
-from utils.distributed import setup
+from utils.distributed import Processes, setup
 from utils.image_dataset import ImageOptions, crop_loader
 from utils.image_store import ImageStore, already_finished
 from utils.images import ImageSource, open_images
+from utils.logs import progress, set_up_logging
 
 _BATCH_SIZE = 64  # images a worker hands over at once
 
@@ -39,10 +38,10 @@ class ValidationConfig:
     """Use this many images, spread evenly over the classes; 0: all."""
 
 
-def write_rows(source: ImageSource, store: ImageStore, rows: np.ndarray, options: ImageOptions, progress: bool) -> None:
+def write_rows(source: ImageSource, store: ImageStore, rows: np.ndarray, options: ImageOptions, processes: Processes) -> None:
     """Crop the images of `rows` (int [n]) and write them to the store; unreadable ones are marked as skipped there."""
     crop = partial(center_crop, size=options.image_size)
-    with tqdm(total=len(rows), unit="image", disable=not progress) as bar:
+    with progress(len(rows), "crop", "images", processes) as bar:
         for good, images, bad in crop_loader(source, rows, crop, _BATCH_SIZE, options.num_workers):
             if images is not None:
                 store.write(good, images.numpy())
@@ -53,8 +52,8 @@ def write_rows(source: ImageSource, store: ImageStore, rows: np.ndarray, options
 def main() -> None:
     """Make the reference npz."""
     config = parse(ValidationConfig)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     processes = setup("cpu")
+    set_up_logging(processes)
     source, size = open_images(config.images.data_path), config.images.image_size
     if config.limit:
         source = source.subset(config.limit)
@@ -67,7 +66,7 @@ def main() -> None:
         processes.close()
         return
     store = ImageStore(config.out, shape, identity, processes)
-    write_rows(source, store, store.share(), config.images, progress=processes.is_main)
+    write_rows(source, store, store.share(), config.images, processes)
     count = store.finish(source.class_names, arr_1=source.labels, kind=np.array("validation"))
     if processes.is_main:
         left_out = f", {len(source) - count} unreadable left out" if count < len(source) else ""
