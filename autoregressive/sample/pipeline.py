@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from autoregressive.models.conditions import Given, count, each
 from autoregressive.models.ctf import FineOptions, refine
@@ -32,6 +32,7 @@ from autoregressive.sample.image_decoder import ImageDecoder, Images
 from autoregressive.sample.model_options import ModelOptions
 from autoregressive.sample.prompts import PromptConditions, check_prompts, load_encoder, recorded_encoder
 from tokenizer.tokenizer_image.vq_model import load_tokenizer
+from utils import logs
 from utils.checkpoint import fingerprint, read_export
 from utils.class_names import ClassNames, find_class, require_same_names, words_for
 from utils.config import UserError, check_options, flag
@@ -111,7 +112,7 @@ class Pipeline:
         check_sampling(sampling, self.gpt)
         given, found = self.conditions(asked), list[np.ndarray]()
         kept = None if top is None else self.top_codes(np.asarray(top[0].convert("RGB")), top[1])
-        with tqdm(total=len(asked), desc="sample", unit="images", disable=not progress) as bar:
+        with logs.progress(len(asked), "sample", "images") if progress else nullcontext() as bar:
             for start in range(0, len(asked), batch_size):
                 rows = np.arange(start, min(start + batch_size, len(asked)))
                 own = None if kept is None else kept.expand(len(rows), -1, -1)
@@ -119,7 +120,8 @@ class Pipeline:
                     if on_row is not None:
                         on_row(first + rows, self.decode(codes, known))
                 found += list(self.decode(codes))
-                bar.update(len(rows))
+                if bar is not None:
+                    bar.update(len(rows))
         return [Image.fromarray(image) for image in found]
 
     def conditions(self, wanted: Sequence[str | int]) -> Callable[[np.ndarray], Given]:
