@@ -62,6 +62,8 @@ def reconstruct_once(config: RfidConfig, processes: Processes) -> dict[str, Any]
     if bool(broadcast(done, processes)):
         log.info("%s is there already, made by these options", config.out / "reconstruction.npz")
         return known
+    if processes.is_main:
+        result.unlink(missing_ok=True)  # of another npz than the one that takes its place
     figures = reconstruct_all(config.what, autoencoder, source, config.out / "reconstruction.npz", processes) | {"of": about}
     if processes.is_main:
         write_json(result, figures)

@@ -257,6 +257,28 @@ def test_a_download_is_found_in_torchs_cache(weights, files, tmp_path, monkeypat
     assert run(*files, "--features", "dinov2")["fd_dinov2"] > 0
 
 
+def test_products_keep_single_precision(weights):
+    """rfid.py shares its process with a tokenizer, for which TensorFloat-32 is allowed: features must not change by it."""
+    network, seen = load_dinov2(weights, CPU)[0], []
+    network.trunk.register_forward_pre_hook(
+        lambda *_: seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        network(torch.zeros(1, 3, 224, 224, dtype=torch.uint8))
+        assert seen == [("highest", False)] and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_features_of_a_gpu_are_those_of_a_cpu(weights, images):
+    """A reference's features may come from another device than the samples'."""
+    here, there = (load_dinov2(weights, torch.device(name))[0](prepare(images[:8]).to(name))[0].cpu() for name in ("cpu", "cuda"))
+    torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-4)
+
+
 def test_the_published_network_has_its_size(monkeypatch):
     """FD-DINOv2 is of ViT-L/14: 304,368,640 parameters with 37 x 37 positions and the mask token."""
     monkeypatch.setattr(dinov2, "SHAPE", PUBLISHED)

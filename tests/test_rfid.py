@@ -81,6 +81,10 @@ def test_what_is_done_is_not_done_again(images_folder, models, tmp_path, monkeyp
     call(rfid.main, *words, "--streams", "semantic")
     assert result(out)["of"]["streams"] == "semantic" and result(out)["psnr"] != first["psnr"]
     assert "usage_detail" not in result(out)
+    monkeypatch.setattr(rfid, "reconstruct_all", fail)
+    with pytest.raises(SystemExit):
+        call(rfid.main, *words)
+    assert not (out / "rfid.json").exists()  # or it would speak of reconstructions that are being replaced
 
 
 def test_tokenizers_share_a_reference(capsys, images_folder, models, tmp_path):
