@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import call, command
 from tests.test_bad_input import refused
 from tokenizer.tokenizer_image import reconstruction_vq_ddp
 from tokenizer.tokenizer_image.baselines import KINDS, load_baseline, locate
+from utils.checkpoint import fingerprint
 from utils.crops import center_crop, to_tensor, to_uint8
 from utils.images import open_images
 
@@ -103,6 +105,21 @@ def test_a_pipelines_folder_stands_for_its_autoencoder(images_folder, tmp_path):
     given = [f"diffusers:{tmp_path / 'whole'}", f"diffusers:{tmp_path / 'whole' / 'vae'}"]
     same = [load_baseline(each, torch.device("cpu")).fingerprint for each in given]
     assert same[0] == same[1]
+
+
+def test_attention_under_its_older_names_is_read(tmp_path):
+    """Stability's own files of the SD-VAE are older than today's names, and must not count as weights that are missing."""
+    model, file = make("AutoencoderKL", tmp_path / "model"), tmp_path / "model" / "diffusion_pytorch_model.safetensors"
+    older = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    tensors = {}
+    for name, tensor in load_file(file).items():
+        for now, then in older.items():
+            name = name.replace(now, then)
+        tensors[name] = tensor
+    assert sum(name.endswith((".query.weight", ".proj_attn.bias")) for name in tensors) == 4  # of encoder and decoder
+    save_file(tensors, file)
+    found = load_baseline(f"diffusers:{tmp_path / 'model'}", torch.device("cpu"))
+    assert found.fingerprint == fingerprint(model.state_dict())
 
 
 @pytest.mark.parametrize("text, expected", [
