@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from autoregressive.models.gpt import GPT
 from autoregressive.models.transformer import GPTConfig
-from evaluations.c2i.evaluation_file import STATISTICS
+from evaluations.c2i.extractors import EXTRACTORS
 from scripts.fuzz_commands import COMMANDS, READERS, Command, words_of
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 from utils.checkpoint import export, fingerprint
@@ -52,7 +52,7 @@ def write_files(world: Path) -> None:
              captions=np.array([f"A picture of class {index % 3}. It is number {index}." for index in range(12)]))
     write_tables(world, pixels, names.tolist())
     statistics = {key: np.eye(shape[0], dtype=np.float32) if len(shape) > 1 else np.zeros(shape, np.float32)
-                  for key, shape in STATISTICS.items()}
+                  for output in EXTRACTORS["inception"].outputs for key, shape in output.statistics_shapes.items()}
     np.savez_compressed(world / "statistics.npz", **statistics)  # type: ignore[arg-type]
     torch.manual_seed(0)
     single = dataclasses.replace(TINY_VQ, quantizer="single", codebook_sizes=(16,))

@@ -84,7 +84,7 @@ def ends(config: SweepConfig) -> dict[str, tuple[float, ...]]:
 def adm_figures(config: SweepConfig, device: torch.device) -> Callable[[Path], Figures]:
     """A function that gives ADM's metrics of an npz against --reference; the network is loaded once."""
     check_exists(config.reference, "--reference", "ADM's reference npz")
-    source = FeatureSource(config.inception_weights, device)
+    source = FeatureSource("inception", config.inception_weights, device)
     reference = EvaluationFile(config.reference, "--reference")
     return lambda path: compare(reference, EvaluationFile(path, "sample"), source)
 

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from tokenizer.tokenizer_image.evaluate import reconstruct
+from tokenizer.tokenizer_image.evaluate import ByCodes, reconstruct
 from tokenizer.tokenizer_image.perceptual import PerceptualOptions, build_perceptual, distance_name
 from tokenizer.tokenizer_image.quantizer import Streams
 from tokenizer.tokenizer_image.vq_model import VQModel, load_tokenizer
@@ -120,7 +120,7 @@ def measure(config: CodeDistanceConfig, tokenizer: VQModel, streams: Streams, da
     sums = torch.zeros(points, 3, dtype=torch.float64, device=device)  # distance, MSE, perceptual distance
     count, rows = 0, np.arange(len(dataset))
     with progress(len(rows) * points, "code distance", "images", processes) as bar:
-        for _, images, decoded, codes in reconstruct(tokenizer, dataset, rows, streams, config.batch_size,
+        for _, images, decoded, codes in reconstruct(ByCodes(tokenizer, streams), dataset, rows, config.batch_size,
                                                      config.data.num_workers, device):
             compared = images if config.against == "source" else decoded.clamp(-1, 1)
             for point in range(points):

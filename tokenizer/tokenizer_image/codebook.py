@@ -21,7 +21,7 @@ log = logging.getLogger("codebook")
 
 
 class CodeUsage:
-    """Counts of every code over a set of images."""
+    """Counts of every code over a set of images, of no or several codebooks."""
 
     def __init__(self, codebook_sizes: tuple[int, ...], device: torch.device) -> None:
         self.counts = [torch.zeros(size, dtype=torch.long, device=device) for size in codebook_sizes]
@@ -44,7 +44,7 @@ class CodeUsage:
     def figures(self, streams: int, processes: Processes) -> dict[str, float]:
         """usage_NAME, the fraction of codes that any process used, and perplexity_NAME, exp of the code entropy, by stream."""
         result = {}
-        for name, counts in zip(STREAMS[len(self.counts)][:streams], self.total(processes)):
+        for name, counts in zip(STREAMS.get(len(self.counts), ())[:streams], self.total(processes)):
             probability = counts / counts.sum().clamp_min(1)
             result[f"usage_{name}"] = (counts > 0).float().mean().item()
             result[f"perplexity_{name}"] = torch.special.entr(probability).sum().exp().item()

@@ -32,7 +32,7 @@ from tokenizer.tokenizer_image.codebook import (
     whiten_projection,
 )
 from tokenizer.tokenizer_image.discriminator import PatchGAN
-from tokenizer.tokenizer_image.evaluate import evaluate_tokenizer, reconstruction_grid
+from tokenizer.tokenizer_image.evaluate import ByCodes, evaluate_tokenizer, reconstruction_grid
 from tokenizer.tokenizer_image.perceptual import build_perceptual, distance_name
 from tokenizer.tokenizer_image.quantizer import GRADIENTS, QUANTIZERS, Quantized, Streams
 from tokenizer.tokenizer_image.vq_loss import PROCEDURES, RECIPES, LossWeights, TokenizerLoss
@@ -287,7 +287,7 @@ def evaluate(training: TokenizerState, dataset: ImageDataset, plan: StepPlan, co
         figures = evaluate_tokenizer(model, dataset, streams, training.loss.perceptual, run.processes, plan.micro_batch,
                                      config.images.num_workers, distance_name(config.perceptual))
         if run.processes.is_main:
-            run.picture(step + 1, "reconstructions", reconstruction_grid(model, dataset, streams, run.processes.device))
+            run.picture(step + 1, "reconstructions", reconstruction_grid(ByCodes(model, streams), dataset, run.processes.device))
     model.train()
     run.write_evaluation(step, figures)
     care = remedies(model.config, config.codebook.codebook_init, config.codebook.revive_every)

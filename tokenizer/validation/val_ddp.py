@@ -49,28 +49,34 @@ def write_rows(source: ImageSource, store: ImageStore, rows: np.ndarray, options
             bar.update(len(good) + len(bad))
 
 
-def main() -> None:
-    """Make the reference npz."""
-    config = parse(ValidationConfig)
-    processes = setup("cpu")
-    set_up_logging(processes)
+def make_reference(config: ValidationConfig, processes: Processes, option: str = "--out") -> str:
+    """Make the reference npz, unless these options have made it already; returns what to say of it in the main process.
+
+    option: what named the npz.  Raises UserError where another one is in its place.
+    """
     source, size = open_images(config.images.data_path), config.images.image_size
     if config.limit:
         source = source.subset(config.limit)
     shape = (len(source), size, size, 3)
     identity = {"kind": "validation", "data_path": config.images.data_path, "image_size": size, "limit": config.limit,
                 "images_checksum": source.checksum, "class_names_crc32": zlib.crc32("\0".join(source.class_names).encode())}
-    if already_finished(config.out, shape, identity):
-        if processes.is_main:
-            print(f"{config.out} is there already, made by these options")
-        processes.close()
-        return
+    if already_finished(config.out, shape, identity, option):
+        return f"{config.out} is there already, made by these options"
     store = ImageStore(config.out, shape, identity, processes)
     write_rows(source, store, store.share(), config.images, processes)
     count = store.finish(source.class_names, arr_1=source.labels, kind=np.array("validation"))
+    left_out = f", {len(source) - count} unreadable left out" if count < len(source) else ""
+    return f"{config.out}: {count} images of {source.num_classes} classes, {size}x{size}{left_out}"
+
+
+def main() -> None:
+    """Parse options, make the reference npz."""
+    config = parse(ValidationConfig)
+    processes = setup("cpu")
+    set_up_logging(processes)
+    said = make_reference(config, processes)
     if processes.is_main:
-        left_out = f", {len(source) - count} unreadable left out" if count < len(source) else ""
-        print(f"{config.out}: {count} images of {source.num_classes} classes, {size}x{size}{left_out}")
+        print(said)
     processes.close()
 
 
