@@ -21,7 +21,8 @@ CITATION = """```
 
 # What figures are called in a card; others keep the name that the command gave them.
 TITLES = {"fid": "FID", "sfid": "sFID", "inception_score": "inception score", "precision": "precision", "recall": "recall",
-          "rfid": "rFID", "fd_dinov2": "FD-DINOv2", "psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS",
+          "rfid": "rFID", "rsfid": "rsFID", "fd_dinov2": "FD-DINOv2", "rfd_dinov2": "rFD-DINOv2", "psnr": "PSNR (dB)",
+          "ssim": "SSIM", "lpips": "LPIPS", "perceptual_classifier": "a classifier's perceptual distance",
           "bits_per_image": "held-out bits per image", "class_accuracy": "class accuracy", "frechet": "Fréchet distance"}
 
 
@@ -35,7 +36,7 @@ class Figure:
 
 
 def read_figures(path: Path) -> list[Figure]:
-    """The numbers of a JSON file that a command of this repository wrote; raises UserError where there are none."""
+    """The numbers of a JSON file that a command of this repository wrote, with that command; raises UserError for none."""
     found = read_json(path, "--figures", "the file of figures")
     numbers = {name: value for name, value in found.items() if isinstance(value, float)} if isinstance(found, dict) else {}
     if not numbers:
@@ -55,7 +56,7 @@ def run_figures(folder: Path, tokenizer: Mapping[str, Any]) -> list[Figure]:
             found.append(Figure(TITLES["bits_per_image"], lines[-1]["eval/bits_per_image"],
                                 f"`train_c2i.py`, step {lines[-1]['step']}"))
     stage, step = tokenizer.get("stage"), tokenizer.get("step")
-    for name in ("psnr", "ssim", "lpips"):
+    for name in ("psnr", "ssim", "lpips", "perceptual_classifier"):
         value = tokenizer.get("figures", {}).get(name)
         if isinstance(value, float):
             found.append(Figure(f"{TITLES[name]} of reconstructions", value, f"`vq_train.py --stage {stage}`, step {step}"))

@@ -21,7 +21,7 @@ from evaluations.c2i.evaluator import compare, find_pitfalls
 from evaluations.c2i.features import FeatureOptions, FeatureSource, open_sources
 from tokenizer.tokenizer_image.reconstruction_vq_ddp import ReconstructionOptions, open_autoencoder, reconstruct_all
 from tokenizer.validation.val_ddp import ValidationConfig, make_reference
-from utils.config import flatten, parse, run_main, to_dict
+from utils.config import command_line, flatten, parse, run_main, to_dict
 from utils.distributed import Processes, broadcast, setup
 from utils.files import check_writable, read_json, write_json
 from utils.images import open_images
@@ -97,7 +97,7 @@ def main() -> None:
     if processes.is_main:
         kept = {name: value for name, value in figures.items() if name not in NAMES.values()}
         result = distances(reference, config.out / "reconstruction.npz", sources) | kept
-        write_json(config.out / "rfid.json", result)
+        write_json(config.out / "rfid.json", result | {"command": command_line()})
         for name, value in result.items():
             if name != "of":
                 print(f"{name:22} {value if isinstance(value, str) else 'n/a' if value is None else f'{value:.4f}'}")

@@ -1,6 +1,7 @@
 """Names on the hub in the place of paths, over a hub on this machine: downloads, the cache without a connection, publishing."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tests.fake_hub import serve
 from tests.test_bad_input import refused
 from tests.test_codes import write_codes
 from utils.checkpoint import export, read_export
-from utils.config import UserError
+from utils.config import UserError, command_line
 from utils.hub import HubName, inside, is_hub_name
 
 GUIDED = {"guidance": "constant", "cfg_scale": [2.0]}
@@ -59,7 +60,7 @@ def test_names_are_paths_without_a_connection_too(hub, tmp_path):
 TRY_ALL = """
 import sys
 sys.path.insert(0, {root!r})
-from utils.config import UserError
+from utils.config import UserError, command_line
 from utils.hub import local_file, local_path
 for name in sys.argv[1:]:
     try:
@@ -166,6 +167,12 @@ def test_a_folder_is_written_without_the_hub(tmp_path):
     assert "--gpt-model GPT-tiny" in card and "--steps 1" in card and "--log-every" not in card
     assert "held-out bits per image" in card and "`train_c2i.py`, step 1" in card
     assert read_export(tmp_path / "out", "gpt", "x")[0]["step"] == 1
+
+
+def test_figures_say_the_command_that_measured_them(monkeypatch):
+    """A number without its command cannot be measured again; the command names no folder of this machine's repository."""
+    monkeypatch.setattr(sys, "argv", [str(REPOSITORY / "scripts" / "rfid.py"), "--out", "a b"])
+    assert command_line() == "python scripts/rfid.py --out 'a b'" and command_line(["REF"]) == "python scripts/rfid.py REF"
 
 
 @pytest.mark.parametrize("words, sentence", [

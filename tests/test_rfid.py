@@ -48,9 +48,9 @@ def test_one_command_gives_what_three_give(images_folder, models, tmp_path, caps
     found = result(tmp_path / "out")
     figures, metrics = (json.loads((tmp_path / name).read_text()) for name in ("rec.json", "eval.json"))
     assert found["rfid"] == pytest.approx(metrics["fid"]) and found["rsfid"] == pytest.approx(metrics["sfid"])
-    figures.pop("lpips")  # of a network drawn anew by each call
+    figures.pop("perceptual_random")  # of a network drawn anew by each call
     assert found["rfid"] > 0 and {name: found[name] for name in figures} == figures
-    assert {"psnr", "ssim", "lpips", "usage_semantic", "usage_detail"} < set(found) and "precision" not in found
+    assert {"psnr", "ssim", "perceptual_random", "usage_semantic", "usage_detail"} < set(found) and "precision" not in found
     assert printed["rfid"] == f"{found['rfid']:.4f}" and printed["perceptual_net"] == "random"
     for name in ("reconstruction", "reference"):
         own_name = {"reconstruction": "rec.npz", "reference": "val.npz"}[name]
@@ -144,6 +144,6 @@ run_main(rfid.main)
     command(tmp_path / "few.py", *options(images_folder, models[1], tmp_path / "two"), processes=2)
     call(rfid.main, *options(images_folder, models[1], tmp_path / "one"))
     one, two = result(tmp_path / "one"), result(tmp_path / "two")
-    for name in set(one) - {"lpips", "of"}:
+    for name in set(one) - {"perceptual_random", "of"}:
         assert two[name] == (one[name] if isinstance(one[name], str) else pytest.approx(one[name], rel=1e-4)), name
     assert one["of"] == two["of"] and one["rfid"] > 0

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 import threading
 import time
@@ -92,6 +93,14 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FILE_ERRORS = (*NO_SPACE, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 _print_thread_error = threading.excepthook
 _undo = list[Callable[[], None]]()
+
+
+def command_line(words: list[str] | None = None) -> str:
+    """The command that is running, as it can be typed again in the repository; words: its options, those typed if None."""
+    script = Path(sys.argv[0]).absolute()
+    root = Path(__file__).absolute().parents[1]
+    name = script.relative_to(root) if script.is_relative_to(root) else Path(script.name)
+    return shlex.join(["python", str(name), *(sys.argv[1:] if words is None else words)])
 
 
 def flag(name: str) -> str:

@@ -26,7 +26,7 @@ from autoregressive.train.sources import Told, find_source
 from utils.class_names import require_same_names
 from utils.code_map import load_code_map
 from utils.code_shards import STREAMS, read_header
-from utils.config import Device, Positive, UserError, parse, run_main
+from utils.config import Device, Positive, UserError, command_line, parse, run_main
 from utils.distributed import Processes, all_reduce_sum, setup
 from utils.files import check_writable, write_json
 from utils.logs import followed, set_up_logging
@@ -144,7 +144,7 @@ def main() -> None:
         for name, value in figures.items():
             print(f"{name:18} {value:.4f}")
         if config.out is not None:
-            write_json(config.out, figures)
+            write_json(config.out, figures | {"command": command_line()})
     processes.close()
 
 

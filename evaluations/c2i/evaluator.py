@@ -24,7 +24,7 @@ from evaluations.c2i.evaluation_file import EvaluationFile
 from evaluations.c2i.features import FeatureOptions, FeatureSource, open_sources
 from evaluations.c2i.metrics import SPLIT_SIZE, frechet_distance, precision_recall
 from utils.class_names import different_names
-from utils.config import Device, Positive, flatten, parse, run_main, to_dict
+from utils.config import Device, Positive, command_line, flatten, parse, run_main, to_dict
 from utils.distributed import choose_device
 from utils.files import check_file_to_write, write_json
 from utils.logs import StandardError
@@ -164,7 +164,8 @@ def main(args: list[str] | None = None) -> None:
         settings = {**flatten(to_dict(config)), "purpose": purpose, "device": str(device),
                     **{f"{source.name}_weights_sha256": source.weights_digest for source in sources},
                     "stored_statistics": {"reference": reference.has_statistics, "sample": sample.has_statistics}}
-        write_json(config.json, {**metrics, "counts": counts, "settings": settings, "warnings": warnings})
+        write_json(config.json, {**metrics, "counts": counts, "settings": settings, "warnings": warnings,
+                                 "command": command_line(args)})
 
 
 if __name__ == "__main__":
