@@ -125,6 +125,8 @@ def test_a_message_has_a_line_of_its_own_in_a_terminal(monkeypatch):
         with logs.progress(3, "work", "steps", ALONE) as bar:
             bar.refresh()
             logging.getLogger("x").warning("half way")
+            logging.getLogger().handlers[0]._process = -1  # as a process that was forked from the one with the bar
+            logging.getLogger("x").warning("in a loader")
             bar.update(3)
         logging.getLogger().handlers.clear()
         terminal.flush()
@@ -134,6 +136,7 @@ def test_a_message_has_a_line_of_its_own_in_a_terminal(monkeypatch):
     assert "work:   0%" in shown and "work: 100%" in shown
     before, after = shown.split("x: half way")
     assert after.startswith("\n") and DATED.fullmatch(re.split(r"[\r\n]", before)[-1])
+    assert re.search(r"\r\x1b\[K" + DATED.pattern + "x: in a loader\n", after)
 
 
 # --- refused and finished ------------------------------------------------------------------------------------------------------

@@ -213,7 +213,8 @@ def main() -> None:
     config = parse(ReproduceConfig)
     names = tuple(dict.fromkeys(EXPERIMENTS if "all" in config.names else config.names))
     check(config, names)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%Y-%m-%d %H:%M:%S",
+                        stream=sys.stderr)
     labs = [make_lab(config, name) for name in names]
     for lab in labs:
         declare(lab)  # so that what is missing is said before the first starts
