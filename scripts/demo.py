@@ -21,8 +21,8 @@ from autoregressive.sample.pipeline import Pipeline
 from autoregressive.sample.serving import Batcher
 from utils.config import Positive, UserError, interval, parse, run_main
 from utils.distributed import setup
+from utils.logs import set_up_logging
 from utils.packages import require_package
-from utils.run import set_up_logging
 
 log = logging.getLogger("demo")
 

@@ -35,8 +35,8 @@ from utils.config import Count, Positive, UserError, interval, parse, run_main
 from utils.distributed import Processes, broadcast, setup
 from utils.files import check_exists, check_writable
 from utils.labels import require_labels
+from utils.logs import progress, set_up_logging
 from utils.npz import read_header
-from utils.run import progress, set_up_logging
 from utils.untrusted import printable, shortened
 
 log = logging.getLogger("llamagen_codes")

@@ -25,7 +25,7 @@ from utils.config import command_line, flatten, parse, run_main, to_dict
 from utils.distributed import Processes, broadcast, setup
 from utils.files import check_writable, read_json, write_json
 from utils.images import open_images
-from utils.run import set_up_logging
+from utils.logs import set_up_logging
 
 log = logging.getLogger("rfid")
 

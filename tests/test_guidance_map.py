@@ -48,7 +48,7 @@ def test_scale_follows_from_attention_and_progress(models):
 
 def test_a_constant_scale_is_flat_and_its_attention_is_shown_too(models):
     """Figure 6a: the same scale everywhere, whatever the model attends to."""
-    found = measured(pipeline(models, replace(ATTENTION, guidance="constant", cfg_scale=(2.0,))), 1)
+    found = measured(pipeline(models, SamplingOptions(guidance="constant", cfg_scale=(2.0,))), 1)
     assert (found.scale == 2).all() and found.attention.std() > 0.01
 
 

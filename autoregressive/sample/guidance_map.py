@@ -26,8 +26,8 @@ from autoregressive.sample.pipeline import Pipeline, check_classes
 from utils.config import Count, UserError, parse, run_main
 from utils.distributed import setup
 from utils.files import check_writable, write_json
+from utils.logs import set_up_logging
 from utils.pictures import save_picture
-from utils.run import set_up_logging
 
 log = logging.getLogger("guidance_map")
 

@@ -25,9 +25,9 @@ from autoregressive.sample.prompts import PromptConditions, carried_text_options
 from utils.config import Positive, choices, parse, run_main
 from utils.distributed import Processes, setup
 from utils.image_store import already_finished, check_name
+from utils.logs import set_up_logging
 from utils.npz import open_array
 from utils.pictures import captioned_grid, save_picture
-from utils.run import set_up_logging
 from utils.text_encoders import TextEncoderOptions
 from utils.texts import Prompt, Texts, read_prompts
 

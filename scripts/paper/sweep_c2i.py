@@ -32,8 +32,9 @@ from utils.config import UserError, parse, run_main
 from utils.distributed import Processes, setup
 from utils.files import check_exists, check_writable, read_json, write_json, write_text
 from utils.images import open_images
+from utils.logs import set_up_logging
 from utils.pictures import save_picture
-from utils.run import figures_text, set_up_logging
+from utils.run import figures_text
 
 log = logging.getLogger("sweep_c2i")
 

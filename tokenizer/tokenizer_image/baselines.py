@@ -20,7 +20,7 @@ from torch import Tensor
 
 from utils.checkpoint import fingerprint
 from utils.config import UserError
-from utils.text_encoders import require_package
+from utils.packages import require_package
 from utils.untrusted import parse_json, printable, read_text, shortened
 
 PREFIX = "diffusers:"
