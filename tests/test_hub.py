@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from autoregressive.sample.pipeline import Pipeline
 from autoregressive.train import train_c2i
@@ -15,6 +16,7 @@ from tests.conftest import REPOSITORY, call, command, export_models
 from tests.fake_hub import serve
 from tests.test_bad_input import refused
 from tests.test_codes import write_codes
+from tests.test_released_weights import MODEL_ARGS, llamagen_gpt_arrays
 from utils.checkpoint import export, read_export
 from utils.config import UserError, command_line
 from utils.hub import HubName, inside, is_hub_name
@@ -55,6 +57,19 @@ def test_names_are_paths_without_a_connection_too(hub, tmp_path):
     told = sample(offline, tmp_path / "other.npz", "hf:me/other", check=False)
     assert told.returncode == 2 and "not in the hub's cache and cannot be downloaded (HF_HUB_OFFLINE is set)" in told.stderr
     assert told.stderr.count("\n") == 1
+
+
+def test_published_weights_are_imported_by_their_name(hub, tmp_path):
+    """LlamaGen's files lie on the hub: the importer takes a file by its name there."""
+    folder, environment = hub
+    (folder / "models" / "them" / "LlamaGen").mkdir(parents=True)
+    torch.save({"model": llamagen_gpt_arrays()}, folder / "models" / "them" / "LlamaGen" / "c2i.pt")
+    words = ["scripts/released_weights.py", "llamagen-gpt", "hf:them/LlamaGen/c2i.pt", tmp_path / "ours", *MODEL_ARGS]
+    command(*words, **environment)
+    assert read_export(tmp_path / "ours", "gpt", "--gpt-ckpt")[0]["imported"]["file"] == "c2i.pt"
+    words[2] = "hf:them/LlamaGen"
+    told = command(*words, check=False, **environment)
+    assert told.returncode == 2 and "SRC hf:them/LlamaGen names no file: give hf:owner/name/FILE" in told.stderr
 
 
 TRY_ALL = """

@@ -14,6 +14,7 @@ from typing import Any
 from tyro.constructors import PrimitiveConstructorSpec
 
 from utils.config import UserError
+from utils.files import check_exists
 from utils.untrusted import printable, shortened
 
 PREFIX = "hf:"
@@ -61,12 +62,14 @@ def inside(path: str | Path, folder: str) -> str:
 def local_file(path: str | Path, option: str, name: str) -> Path:
     """Where the file lies that `path` names: itself, or after a download the file `name` of a repository, unless it names one.
 
-    Raises UserError, naming `option`, where the hub does not give it.
+    name: "" where there is no usual one.  Raises UserError, naming `option`, where the hub does not give it.
     """
     if not is_hub_name(path):
         return Path(path)
     found = HubName.of(str(path), option)
     wanted = found.folder if found.folder.endswith(Path(name).suffix) else f"{found.folder}/{name}".lstrip("/")
+    if not wanted:
+        raise UserError(f"{option} {printable(path)} names no file: give {PREFIX}owner/name/FILE[@revision].")
     from huggingface_hub import hf_hub_download  # takes a moment, and paths do not need it
 
     with _explained(found, option, wanted):
@@ -89,6 +92,14 @@ def local_path(path: str | Path, option: str) -> Path:
     if not (folder / found.folder).exists():
         raise UserError(f"{option} {printable(path)} is there, but no {printable(found.folder)} in it: correct the name.")
     return folder / found.folder
+
+
+def published_file(path: str | Path, option: str, what: str) -> Path:
+    """A file of weights in its maker's own format, by its path or as `hf:owner/name/FILE`.
+
+    Raises UserError, naming `option` and `what` it should be, where it does not exist.
+    """
+    return check_exists(local_file(path, option, ""), option, what)
 
 
 def hub_path(option: str) -> PrimitiveConstructorSpec[Any]:

@@ -23,8 +23,7 @@ from utils.classifier import load_classifier
 from utils.config import Positive, UserError
 from utils.crops import to_tensor
 from utils.distributed import Processes, all_reduce_sum
-from utils.files import check_exists
-from utils.hub import is_hub_name
+from utils.hub import is_hub_name, published_file
 from utils.image_store import ImageStore
 from utils.logs import progress
 from utils.npz import open_array
@@ -108,6 +107,7 @@ def load_timm(name: str, weights: Path | None, num_classes: int) -> tuple[nn.Mod
     if weights is not None:
         source = f"--classifier-weights {weights}"
         remedy = "does not fit --classifier " + name + " ({}): give the weights of that model."
+        weights = published_file(weights, "--classifier-weights", "a file with weights of the timm model")
         outputs = count_outputs(weights, described.classifier, described.num_classes)
         changes = {"file": str(weights), "num_classes": outputs}  # loaded as timm loads its own download
     require_classes(outputs, num_classes, source)
@@ -135,7 +135,6 @@ def count_outputs(weights: Path, head: str | tuple[str, ...] | None, default: in
     """Classes of a file with timm weights, from its layer `head` (the first of several), or `default` without one."""
     from timm.models import load_state_dict
 
-    check_exists(weights, "--classifier-weights", "a file with weights of the timm model")
     try:
         tensors = load_state_dict(str(weights))
     except Exception as error:  # whatever torch or safetensors raise for what is no weights file

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from utils.config import UserError
-from utils.files import check_exists
+from utils.hub import published_file
 from utils.untrusted import shortened
 
 
@@ -31,7 +31,7 @@ class Weights:
     def file(self, path: Path | None) -> Path:
         """`path`, or the file in torch's cache, downloaded if missing; raises UserError where there is no file."""
         if path is not None:
-            found = check_exists(path, self.option, f"{self.what} (.pth)")
+            found = published_file(path, self.option, f"{self.what} (.pth)")
             if found.is_dir():
                 raise UserError(f"{self.option} {path} is a folder: give the path of the weights file (.pth) in it.")
             return found

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from utils.classifier import load_classifier
 from utils.config import UserError, choices
-from utils.files import check_exists
+from utils.hub import published_file
 
 log = logging.getLogger("perceptual")
 
@@ -72,7 +72,8 @@ def build_perceptual(options: PerceptualOptions, device: torch.device) -> nn.Mod
         model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     elif weights:
         model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-        _load_backbone(model.get_submodule("net"), check_exists(weights, "--perceptual-file", f"a torchvision {net} state dict"))
+        file = published_file(weights, "--perceptual-file", f"a torchvision {net} state dict")
+        _load_backbone(model.get_submodule("net"), file)
     else:
         try:
             model = lpips.LPIPS(net=net, verbose=False)
