@@ -13,8 +13,9 @@ from autoregressive.models.ctf import FineOptions, refine
 from autoregressive.models.decode_modes import MODES
 from autoregressive.models.generate import Decoder, SamplingOptions, carried_fields, cfg_ranges, draw_uniforms, per_stream
 from autoregressive.models.gpt import GPT, load_gpt, place
+from autoregressive.models.transformer import GPTConfig
 from autoregressive.sample.image_decoder import ImageDecoder, Images
-from tokenizer.tokenizer_image.vq_model import load_tokenizer
+from tokenizer.tokenizer_image.vq_model import VQModel, load_tokenizer
 from utils.checkpoint import fingerprint, read_export
 from utils.class_names import ClassNames, require_same_names
 from utils.config import Count, Device, UserError, choices, flag
@@ -22,6 +23,9 @@ from utils.optim import native_bf16, uses_bf16
 
 # Who samples from what.
 SAMPLERS = {"class": "sample_c2i.py or sample_c2i_ddp.py", "text": "sample_t2i.py or sample_t2i_ddp.py"}
+COARSE = "coarse-"  # how fingerprints of coarse labels begin (rearrange.py)
+# LlamaGen's eight ImageNet classes.
+SHOWN = (207, 360, 387, 974, 88, 979, 417, 279)
 # Weights that a CPU's cache about holds: for so few, half the bytes gain little.
 _CACHED = 2**23
 
@@ -51,6 +55,18 @@ def carried_options(config: Any) -> dict[str, Any]:
     """The sampling options that --gpt-ckpt carries, as defaults of a command line whose `models` are ModelOptions."""
     description, _ = read_export(config.models.gpt_ckpt, "gpt", "--gpt-ckpt", tensors=False)
     return carried_fields(description.get("sampling", {}))
+
+
+def carried_grid_options(config: Any) -> dict[str, Any]:
+    """The same, and the classes that a picture shows unless others are typed."""
+    description, _ = read_export(config.models.gpt_ckpt, "gpt", "--gpt-ckpt", tensors=False)
+    known = description["model"].get("num_classes", GPTConfig.num_classes)
+    return carried_options(config) | ({"classes": shown_classes(known)} if type(known) is int and known > 0 else {})
+
+
+def shown_classes(num_classes: int) -> tuple[int, ...]:
+    """Class ids that a picture shows: LlamaGen's eight of ImageNet's 1,000, else the first eight of those that the GPT knows."""
+    return SHOWN if num_classes == GPTConfig.num_classes else tuple(range(min(num_classes, len(SHOWN))))
 
 
 class Pipeline:
@@ -97,16 +113,9 @@ class Pipeline:
             if seen != expected:
                 raise UserError(f"--gpt-ckpt {models.gpt_ckpt} predicts {seen} but {option} refines {expected}: give two stages "
                                 "trained with the maps of one rearrange.py run.")
-        seen, expected = self.tokenizer.provenance.fingerprint, giver.provenance.tokenizer
-        if expected.startswith("coarse-"):
+        if giver.provenance.tokenizer.startswith(COARSE):
             raise UserError(f"{option} predicts coarse labels, which no tokenizer decodes: give its --fine-ckpt.")
-        if expected and seen != expected:  # published files do not say which tokenizer made their codes
-            raise UserError(f"--vq-ckpt {models.vq_ckpt} is tokenizer {seen} but {option} was trained on codes of tokenizer "
-                            f"{expected}: give the tokenizer that made the codes.")
-        sizes = giver.config.codebook_sizes[-len(self.tokenizer.config.codebook_sizes):]
-        if tuple(sizes) != tuple(self.tokenizer.config.codebook_sizes):
-            raise UserError(f"--vq-ckpt {models.vq_ckpt} has codebooks {self.tokenizer.config.codebook_sizes} but {option} "
-                            f"predicts {tuple(giver.config.codebook_sizes)}: give the tokenizer that made the codes.")
+        require_tokenizer(self.tokenizer, models.vq_ckpt, giver.provenance.tokenizer, giver.config, option)
 
     @property
     def num_classes(self) -> int:
@@ -154,6 +163,20 @@ class Pipeline:
     def decode(self, codes: Tensor) -> np.ndarray:
         """Codes of the tokenizer [B, C, N] -> images uint8 [B, S, S, 3]."""
         return self.image_decoder.start(codes)()
+
+
+def require_tokenizer(tokenizer: VQModel, path: str | Path, expected: str, gpt: GPTConfig, option: str) -> None:
+    """Raise UserError unless the tokenizer of --vq-ckpt made the codes of a GPT.
+
+    expected: fingerprint of the one that did, empty where a published file does not say it; option: the GPT, as messages call it.
+    """
+    seen, own = tokenizer.provenance.fingerprint, tuple(tokenizer.config.codebook_sizes)
+    if expected and seen != expected:
+        raise UserError(f"--vq-ckpt {path} is tokenizer {seen} but {option} was trained on codes of tokenizer {expected}: give "
+                        "the tokenizer that made the codes.")
+    if tuple(gpt.codebook_sizes[-len(own):]) != own:
+        raise UserError(f"--vq-ckpt {path} has codebooks {own} but {option} predicts {tuple(gpt.codebook_sizes)}: give the "
+                        "tokenizer that made the codes.")
 
 
 def load_in(precision: str, gpt: GPT, device: torch.device) -> GPT:
