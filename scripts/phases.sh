@@ -1,5 +1,5 @@
-# Sourced by quickstart.sh and text_demo.sh after setup.sh, with OUT and SCALE set.  Defines `steps N [LEAST]`, which scales a number
-# of steps, and `phase NAME COMMAND...`, which runs a command unless it has finished before.
+# Sourced by quickstart.sh, text_demo.sh and own_classes.sh after setup.sh, with OUT and SCALE set.  Defines `steps N [LEAST]`, which
+# scales a number of steps, and `phase NAME COMMAND...`, which runs a command unless it has finished before.
 mkdir -p "$OUT/phases" 2>/dev/null || cannot_write "$OUT/phases"
 if [ -e "$OUT/scale" ] && [ "$(cat "$OUT/scale")" != "$SCALE" ]; then
     echo "error: OUT $OUT was begun with SCALE=$(cat "$OUT/scale"), not $SCALE as now: choose another OUT or remove it." >&2
