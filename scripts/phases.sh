@@ -1,6 +1,6 @@
-# Sourced by quickstart.sh and text_demo.sh, as `source phases.sh DEFAULT_OUT "$@"`: takes no words but --help, goes to the
-# repository and sets OUT and SCALE.  Defines `steps N [LEAST]`, which scales a number of steps, and `phase NAME COMMAND...`, which
-# runs a command unless it has finished before.
+# Sourced by quickstart.sh, text_demo.sh and own_classes.sh, as `source phases.sh DEFAULT_OUT "$@"`: takes no words but --help, goes
+# to the repository and sets OUT and SCALE.  Defines `steps N [LEAST]`, which scales a number of steps, and `phase NAME COMMAND...`,
+# which runs a command unless it has finished before.
 if [ $# -gt 1 ]; then
     case "$2" in -h | --help) awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"; exit 0 ;; esac
     echo "error: $(basename "$0") takes no options but was given '$2': set OUT and SCALE before the command, for example" \

@@ -235,17 +235,6 @@ def read_export(path: str | Path, kind: str, option: str, tensors: bool = True) 
     return description, found
 
 
-def read_initial(path: str, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The weights that --init-from names, and what a run's record says of them; both empty for an empty path.
-
-    A run whose record says other weights is not continued: it would be the result of those.
-    """
-    if not path:
-        return {}, {}
-    _, tensors = read_export(path, kind, "--init-from")
-    return tensors, {"the weights of --init-from": fingerprint(tensors)}
-
-
 def require_description(text: str, kind: str, where: str, version: str = "1") -> dict[str, Any]:
     """What an exported file says about its model, from JSON; raises UserError when it cannot be that of a `kind`."""
     if not version.isdecimal() or int(version) > EXPORT_VERSION:
@@ -360,9 +349,14 @@ def require_tensors(model: nn.Module, tensors: dict[str, Tensor], what: str, rem
         if tensor.is_floating_point() != expected[name].is_floating_point():
             raise UserError(f"{what} has {called(name)} of type {tensor.dtype} but the model needs {expected[name].dtype}: "
                             f"it is of another model, {remedy}.")
-        if not tensor.is_meta and not torch.isfinite(tensor).all():
-            raise UserError(f"{what} has {called(name)} with infinite or missing values: give a file from before the training "
-                            "failed.")
+        require_finite(str(called(name)), tensor, what)
+
+
+def require_finite(name: str, tensor: Tensor, what: str) -> None:
+    """Raise UserError where a file's tensor has numbers that are none; what: the file, as messages call it."""
+    if not tensor.is_meta and not torch.isfinite(tensor).all():
+        raise UserError(f"{what} has {printable(name)} with infinite or missing values: give a file from before the training "
+                        "failed.")
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:

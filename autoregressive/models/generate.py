@@ -21,7 +21,7 @@ from autoregressive.models.attention import KVCache
 from autoregressive.models.conditions import Given, count, each
 from autoregressive.models.decode_modes import find_mode
 from autoregressive.models.gpt import GPT
-from autoregressive.models.guidance import CFG_RANGES, GUIDANCE, Scale, guide
+from autoregressive.models.guidance import GUIDANCE, Scale, default_scale, guide
 from autoregressive.models.packing import PackedLinears
 from autoregressive.models.paradigms import DecodeState, Pick
 from utils.config import AboveZero, Count, NonNegative, Seed, choices, interval
@@ -37,7 +37,8 @@ class SamplingOptions:
     """Schedule of the guidance scale."""
     cfg_scale: tuple[NonNegative, ...] = ()
     """Guidance scale: one value, START END, or START END of the semantic then of the detail stream; 1: no guidance.
-    Empty: what the checkpoint carries, by table 12 or LlamaGen's scales."""
+    Empty: what the checkpoint carries, by table 12 or LlamaGen's scales, or for shapes outside of them the nearest
+    (`guidance.guidance_range`)."""
     cfg_attention_weight: NonNegative = 0.05
     """w of the attention schedules (paper 0.05, released sampler 0.1)."""
     cfg_power: AboveZero = 2.75
@@ -73,13 +74,8 @@ def per_stream(values: tuple[V, ...], streams: int, name: str) -> tuple[V, ...]:
 
 def cfg_ranges(options: SamplingOptions, gpt: GPT) -> list[tuple[float, float]]:
     """The guidance (start, end) of every stream; raises ValueError for a range that is upside down or incomplete."""
-    streams, values, grid = len(gpt.config.codebook_sizes), options.cfg_scale, gpt.config.grid_size
-    if not values:
-        size = gpt.provenance.gpt_model
-        if (streams, size, grid) not in CFG_RANGES or gpt.config.condition != "class":
-            raise ValueError(f"cfg_scale is empty and no range is published for {size or 'this GPT'} on a {grid}x{grid} grid"
-                             f"{'' if gpt.config.condition == 'class' else ' from captions'}: give START END.")
-        values = CFG_RANGES[streams, size, grid]
+    config, streams = gpt.config, len(gpt.config.codebook_sizes)
+    values = options.cfg_scale or default_scale(gpt.provenance.gpt_model, streams, config.grid_size, config.condition)
     if len(values) not in (1, 2, 2 * streams):
         raise ValueError(f"cfg_scale has {len(values)} values: give one, START END, or START END for each stream.")
     values = values * 2 if len(values) == 1 else values

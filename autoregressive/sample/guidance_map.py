@@ -21,7 +21,7 @@ from torch import Tensor
 from autoregressive.models.conditions import Given
 from autoregressive.models.ctf import FineOptions
 from autoregressive.models.generate import Decoder, SamplingOptions
-from autoregressive.sample.model_options import ModelOptions, carried_options
+from autoregressive.sample.model_options import SHOWN, ModelOptions, carried_grid_options
 from autoregressive.sample.pipeline import Pipeline, check_classes
 from utils.config import Count, UserError, parse, run_main
 from utils.distributed import setup
@@ -39,8 +39,8 @@ class GuidanceMapConfig:
     models: ModelOptions
     sampling: SamplingOptions
     fine: FineOptions
-    classes: tuple[Count, ...] = (207, 360, 387, 974, 88, 979, 417, 279)
-    """Class ids, a row each; the default is LlamaGen's eight ImageNet classes."""
+    classes: tuple[Count, ...] = SHOWN
+    """Class ids, a row each; left out: LlamaGen's eight of ImageNet where the GPT knows 1,000 classes, else the first eight."""
     class_names: tuple[str, ...] = ()
     """Captions of the rows; empty: the names that the GPT carries, else the class ids."""
     out: Path = Path("samples/guidance_map.png")
@@ -108,7 +108,7 @@ def draw(found: GuidanceMap, names: list[str]) -> Figure:
 
 def main() -> None:
     """Parse options, draw, write picture and numbers."""
-    config = parse(GuidanceMapConfig, carried_options)
+    config = parse(GuidanceMapConfig, carried_grid_options)
     processes = setup(config.models.device)
     set_up_logging(processes)
     if config.out.suffix not in (".png", ".pdf", ".svg"):

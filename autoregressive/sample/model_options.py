@@ -6,8 +6,12 @@ from typing import Annotated, Any
 
 from autoregressive.models.decode_modes import MODES
 from autoregressive.models.generate import carried_fields
+from autoregressive.models.transformer import GPTConfig
 from utils.checkpoint import read_export
 from utils.config import Count, Device, choices
+
+# LlamaGen's eight ImageNet classes.
+SHOWN = (207, 360, 387, 974, 88, 979, 417, 279)
 
 
 @dataclass
@@ -35,3 +39,15 @@ def carried_options(config: Any) -> dict[str, Any]:
     """The sampling options that --gpt-ckpt carries, as defaults of a command line whose `models` are ModelOptions."""
     description, _ = read_export(config.models.gpt_ckpt, "gpt", "--gpt-ckpt", tensors=False)
     return carried_fields(description.get("sampling", {}))
+
+
+def carried_grid_options(config: Any) -> dict[str, Any]:
+    """The same, and the classes that a picture shows unless others are typed."""
+    description, _ = read_export(config.models.gpt_ckpt, "gpt", "--gpt-ckpt", tensors=False)
+    known = description["model"].get("num_classes", GPTConfig.num_classes)
+    return carried_options(config) | ({"classes": shown_classes(known)} if type(known) is int and known > 0 else {})
+
+
+def shown_classes(num_classes: int) -> tuple[int, ...]:
+    """Class ids that a picture shows: LlamaGen's eight of ImageNet's 1,000, else the first eight of those that the GPT knows."""
+    return SHOWN if num_classes == GPTConfig.num_classes else tuple(range(min(num_classes, len(SHOWN))))

@@ -28,10 +28,11 @@ from autoregressive.models.generate import (
     whole_rows,
 )
 from autoregressive.models.gpt import GPT, load_gpt, place
+from autoregressive.models.transformer import GPTConfig
 from autoregressive.sample.image_decoder import ImageDecoder, Images
 from autoregressive.sample.model_options import ModelOptions
 from autoregressive.sample.prompts import PromptConditions, check_prompts, load_encoder, recorded_encoder
-from tokenizer.tokenizer_image.vq_model import load_tokenizer
+from tokenizer.tokenizer_image.vq_model import VQModel, load_tokenizer
 from utils import logs
 from utils.checkpoint import fingerprint, read_export
 from utils.class_names import ClassNames, find_class, require_same_names, words_for
@@ -45,6 +46,7 @@ from utils.texts import Prompt
 
 # Who samples from what.
 SAMPLERS = {"class": "sample_c2i.py or sample_c2i_ddp.py", "text": "sample_t2i.py or sample_t2i_ddp.py"}
+COARSE = "coarse-"  # how fingerprints of coarse labels begin (rearrange.py)
 # Weights that a CPU's cache about holds: for so few, half the bytes gain little.
 _CACHED = 2**23
 
@@ -89,7 +91,7 @@ class Pipeline:
         ModelOptions.  Raises UserError where there is none, or where they do not fit each other.
         """
         description, _ = read_export(gpt_ckpt, "gpt", "--gpt-ckpt", tensors=False)
-        if not fine_ckpt and str(description.get("tokenizer")).startswith("coarse-"):
+        if not fine_ckpt and str(description.get("tokenizer")).startswith(COARSE):
             fine_ckpt = inside(gpt_ckpt, "fine")
         models = ModelOptions(gpt_ckpt=Path(gpt_ckpt), vq_ckpt=Path(vq_ckpt or gpt_ckpt),
                               fine_ckpt=Path(fine_ckpt) if fine_ckpt else None, precision=precision, decode=decode)
@@ -156,16 +158,9 @@ class Pipeline:
             if seen != expected:
                 raise UserError(f"--gpt-ckpt {models.gpt_ckpt} predicts {seen} but {option} refines {expected}: give two stages "
                                 "trained with the maps of one rearrange.py run.")
-        seen, expected = self.tokenizer.provenance.fingerprint, giver.provenance.tokenizer
-        if expected.startswith("coarse-"):
+        if giver.provenance.tokenizer.startswith(COARSE):
             raise UserError(f"{option} predicts coarse labels, which no tokenizer decodes: give its --fine-ckpt.")
-        if expected and seen != expected:  # published files do not say which tokenizer made their codes
-            raise UserError(f"--vq-ckpt {models.vq_ckpt} is tokenizer {seen} but {option} was trained on codes of tokenizer "
-                            f"{expected}: give the tokenizer that made the codes.")
-        sizes = giver.config.codebook_sizes[-len(self.tokenizer.config.codebook_sizes):]
-        if tuple(sizes) != tuple(self.tokenizer.config.codebook_sizes):
-            raise UserError(f"--vq-ckpt {models.vq_ckpt} has codebooks {self.tokenizer.config.codebook_sizes} but {option} "
-                            f"predicts {tuple(giver.config.codebook_sizes)}: give the tokenizer that made the codes.")
+        require_tokenizer(self.tokenizer, models.vq_ckpt, giver.provenance.tokenizer, giver.config, option)
 
     @property
     def num_classes(self) -> int:
@@ -258,6 +253,20 @@ class Pipeline:
         """Codes of the tokenizer [B, C, N] -> images uint8 [B, S, S, 3]; rows: of the grid to show, from the top; None: all."""
         side = self.gpt.config.grid_size
         return self.image_decoder.start(codes if rows is None else codes[..., : rows * side])()
+
+
+def require_tokenizer(tokenizer: VQModel, path: str | Path, expected: str, gpt: GPTConfig, option: str) -> None:
+    """Raise UserError unless the tokenizer of --vq-ckpt made the codes of a GPT.
+
+    expected: fingerprint of the one that did, empty where a published file does not say it; option: the GPT, as messages call it.
+    """
+    seen, own = tokenizer.provenance.fingerprint, tuple(tokenizer.config.codebook_sizes)
+    if expected and seen != expected:
+        raise UserError(f"--vq-ckpt {path} is tokenizer {seen} but {option} was trained on codes of tokenizer {expected}: give "
+                        "the tokenizer that made the codes.")
+    if tuple(gpt.codebook_sizes[-len(own):]) != own:
+        raise UserError(f"--vq-ckpt {path} has codebooks {own} but {option} predicts {tuple(gpt.codebook_sizes)}: give the "
+                        "tokenizer that made the codes.")
 
 
 def load_in(precision: str, gpt: GPT, device: torch.device) -> GPT:

@@ -11,7 +11,7 @@ import numpy as np
 
 from autoregressive.models.ctf import FineOptions
 from autoregressive.models.generate import SamplingOptions
-from autoregressive.sample.model_options import ModelOptions, carried_options
+from autoregressive.sample.model_options import SHOWN, ModelOptions, carried_grid_options
 from autoregressive.sample.pipeline import Pipeline, check_classes
 from utils.config import Count, Positive, UserError, parse, run_main
 from utils.distributed import setup
@@ -29,8 +29,8 @@ class GridConfig:
     models: ModelOptions
     sampling: SamplingOptions
     fine: FineOptions
-    classes: tuple[Count, ...] = (207, 360, 387, 974, 88, 979, 417, 279)
-    """Class ids, a row each; the default is LlamaGen's eight ImageNet classes."""
+    classes: tuple[Count, ...] = SHOWN
+    """Class ids, a row each; left out: LlamaGen's eight of ImageNet where the GPT knows 1,000 classes, else the first eight."""
     per_class: Positive = 8
     """Images of each class."""
     batch_size: Positive = 64
@@ -43,7 +43,7 @@ class GridConfig:
 
 def main() -> None:
     """Parse options, draw, write the picture."""
-    config = parse(GridConfig, carried_options)
+    config = parse(GridConfig, carried_grid_options)
     processes = setup(config.models.device)
     set_up_logging(processes)
     check_writable(config.out.parent, "--out")

@@ -28,6 +28,7 @@ from utils.code_shards import CodeDataset
 from utils.config import Positive, UserError, parse, run_main
 from utils.distributed import Processes, setup
 from utils.files import check_writable, write_json
+from utils.initial import Start
 from utils.logs import followed
 from utils.run import MeanMetrics, Run
 
@@ -73,7 +74,7 @@ class Trained:
         self.plan = plan_steps(self.config.batch, len(dataset), processes.world_size)
         batches = GlobalBatches(len(dataset), self.plan, processes.rank, 0, 0)
         self.loader = iter(DataLoader(dataset, batch_sampler=batches, collate_fn=tuple))
-        self.gpt, self.training = set_up(self.config, model, {}, processes)
+        self.gpt, self.training = set_up(self.config, model, Start(), processes)
         self.training.model.train()
         self.done = 0
         self.seconds: list[float] = []
