@@ -55,7 +55,7 @@ def main() -> None:
 
     processes = setup(config.models.device)
     set_up_logging(processes)
-    pipeline = Pipeline(config.models, config.sampling, config.fine, processes.device)
+    pipeline = Pipeline(config.models, config.sampling, config.fine, processes.device, condition="")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio asks itself whether it is there
     batcher = Batcher(pipeline, config.largest_batch)
     page = demo_page.build_page(batcher, Path(config.models.gpt_ckpt).name)

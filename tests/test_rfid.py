@@ -33,8 +33,10 @@ def options(images: Path, tokenizer: Path, out: Path, *extra) -> list:
 
 
 def result(out: Path) -> dict:
-    """What the command has left."""
-    return json.loads((out / "rfid.json").read_text())
+    """The figures that the command has left, which say their command."""
+    found = json.loads((out / "rfid.json").read_text())
+    assert "--vq-ckpt" in found.pop("command")
+    return found
 
 
 def test_one_command_gives_what_three_give(images_folder, models, tmp_path, capsys):

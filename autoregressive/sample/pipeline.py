@@ -58,7 +58,7 @@ class Pipeline:
     """GPT, second stage where there is one, and tokenizer on one device."""
 
     def __init__(self, models: ModelOptions, sampling: SamplingOptions, fine: FineOptions, device: torch.device,
-                 condition: str = "") -> None:
+                 condition: str = "class") -> None:
         """condition: what the caller will give to `sample`, empty for either.  Raises UserError when the GPT reads another, the
         files do not fit each other or the sampling options fit no model."""
         self.models = models
@@ -96,7 +96,8 @@ class Pipeline:
         models = ModelOptions(gpt_ckpt=Path(gpt_ckpt), vq_ckpt=Path(vq_ckpt or gpt_ckpt),
                               fine_ckpt=Path(fine_ckpt) if fine_ckpt else None, precision=precision, decode=decode)
         check_options(models)
-        return cls(models, with_options(SamplingOptions(), description.get("sampling", {})), FineOptions(), choose_device(device))
+        sampling = with_options(SamplingOptions(), description.get("sampling", {}))
+        return cls(models, sampling, FineOptions(), choose_device(device), condition="")
 
     def __call__(self, wanted: str | int | Sequence[str | int], seed: int | None = None, *, first: int = 0, batch_size: int = 64,
                  progress: bool = True, on_row: OnRow | None = None, top: tuple[Image.Image, int] | None = None,
