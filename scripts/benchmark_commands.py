@@ -12,7 +12,8 @@ import numpy as np
 
 from autoregressive.models.gpt import GPT
 from autoregressive.sample import sample_c2i_ddp
-from autoregressive.sample.pipeline import Pipeline, carried_options
+from autoregressive.sample.model_options import carried_options
+from autoregressive.sample.pipeline import Pipeline
 from autoregressive.train import extract_codes_c2i
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.checkpoint import export, fingerprint

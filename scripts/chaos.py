@@ -43,6 +43,7 @@ from tokenizer.tokenizer_image import vq_train
 from tokenizer.validation import val_ddp
 from utils.config import Positive, Seed, UserError, parse, run_main
 from utils.files import check_writable, write_json
+from utils.logs import progress
 
 PATIENCE = 60.0   # seconds after a signal: a run that goes on longer hangs
 GRACE = 5.0       # seconds that the others have after one has died, before they are killed too
@@ -293,7 +294,7 @@ def main() -> None:
         check_writable(config.out.parent, "--out")
     chosen = {name: task for name, task in TASKS.items() if name in config.tasks or not config.tasks}
     kills, rng = list[Kill](), random.Random(config.seed)
-    with tempfile.TemporaryDirectory(prefix="chaos-") as temporary, tqdm(total=config.kills, unit="kills") as bar:
+    with tempfile.TemporaryDirectory(prefix="chaos-") as temporary, progress(config.kills, "chaos", "kills") as bar:
         folder = Path(temporary)
         paths, expected, longest = build(folder / "world"), dict[str, dict[str, np.ndarray]](), dict[str, float]()
         for name, task in chosen.items():

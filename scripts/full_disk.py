@@ -26,13 +26,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started by its path
 
-from tqdm import tqdm
-
 from scripts.fuzz_commands import COMMANDS, words_of
 from scripts.fuzz_world import World
 from scripts.paper.table import markdown_table
 from utils.config import AboveZero, Positive, Seed, UserError, parse, run_main
 from utils.files import check_writable, write_json
+from utils.logs import followed
 from utils.untrusted import printable
 
 LARGEST_DISK = 4 << 30  # bytes of a file system that is filled: a larger one was hardly made for it
@@ -230,7 +229,7 @@ def run_cases(config: FullDiskConfig) -> list[Case]:
                 known[name] = undisturbed(name, world, space)
             return known[name]
 
-        for number in tqdm(range(config.cases), desc="full disk", unit="cases", mininterval=5):
+        for number in followed(range(config.cases), "full disk", "cases"):
             cases.append(draw(number, config.seed, names, needs))
             try_out(cases[-1], world, space, needs(cases[-1].command))
     return cases

@@ -21,14 +21,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started by its path
 
-from tqdm import tqdm
-
 from scripts import fuzz_damage
 from scripts.fuzz_commands import COMMANDS, READERS, fields_of, words_of
-from scripts.fuzz_damage import Skip, damages_of
+from scripts.fuzz_damage import Skip
+from scripts.fuzz_tables import damages_of
 from scripts.fuzz_world import World
 from utils.config import AboveZero, Count, Positive, Seed, UserError, declared_values, flag, parse, run_main
 from utils.files import check_writable, write_json
+from utils.logs import followed
 from utils.untrusted import printable
 
 VALUES = ("nan", "inf", "-inf", "-1", "0", "1e309", "", "9" * 30, "x", "1.5", "-0.5")
@@ -38,7 +38,10 @@ UNDETECTABLE = {".npy": ("flipped", "smallest"), ".npz": ("missing", "renamed"),
                 ".png": ("flipped", "deleted", "folder", "name"),
                 # Those whose checksum was taken away: other descriptions, as sound as the true one.
                 ".safetensors": tuple(f"description {number}" for number in range(1, 6)),
-                ".json": ("flipped",), ".jsonl": ("flipped", "truncated", "field"), "": ("class name",)}
+                ".json": ("flipped",), ".jsonl": ("flipped", "truncated", "field"), "": ("class name",),
+                # Other columns, members or names of classes, as sound as the true ones.
+                ".parquet": ("flipped", "missing", "renamed", "twice", "features"), ".arrow": ("flipped",),
+                ".tar": ("flipped", "named"), ".txt": ("",)}
 
 
 @dataclass
@@ -131,7 +134,7 @@ def judge(case: Case, code: int | None, changed: bool, paths: dict[str, str], wo
     """Outcome of a case, and what tells it."""
     printed = b"".join(path.read_bytes() for path in (world.out / "stdout", world.out / "stderr", world.out / "run" / "log.txt")
                        if path.is_file())
-    text = printed.decode(errors="replace")
+    text = printed.decode(errors="replace").replace("; 0 unreadable images left out", "")
     errors = [line for line in text.splitlines() if line.startswith("error")]
     last = (errors or [line for line in text.splitlines() if line.strip()] or [""])[-1][:300]
     if fuzz_damage.CANARY.exists():
@@ -231,7 +234,7 @@ def main() -> None:
     started = time.perf_counter()
     with make_world(config.time_limit) as world:
         numbers = range(config.cases) if config.only is None else [config.only]
-        cases = [run_case(number, config, world) for number in tqdm(numbers, desc="fuzz", unit="cases", mininterval=5)]
+        cases = [run_case(number, config, world) for number in followed(numbers, "fuzz", "cases")]
         if config.only is not None:
             print(*map(printable, (world.out / "stderr").read_text(errors="replace").splitlines()), sep="\n")
     print_report(cases, config.seed, time.perf_counter() - started)

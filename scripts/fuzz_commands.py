@@ -13,8 +13,10 @@ from torch import Tensor
 
 from autoregressive.sample import guidance_map, sample_c2i, sample_c2i_ddp, sample_t2i_ddp
 from autoregressive.train import evaluate_c2i, extract_codes_c2i, extract_text, train_c2i, train_t2i
-from evaluations.c2i import classifier, evaluation_file, evaluator, features, judge
-from scripts import quickstart_report, released_weights
+from evaluations.c2i import classifier, evaluation_file, evaluator, judge
+from evaluations.c2i.extractors import EXTRACTORS, Extractor, Output, stored_statistics
+from evaluations.c2i.inception import prepare
+from scripts import llamagen_codes, quickstart_report, released_weights
 from scripts.paper import plot_figures, plot_losses, sweep_c2i, table
 from tokenizer.tokenizer_image import code_distance, rearrange, reconstruction_vq_ddp, vq_train
 from tokenizer.validation import val_ddp
@@ -40,12 +42,9 @@ def print_evaluation_file() -> None:
                          for name, path in zip(("REF", "SAMPLE"), sys.argv[1:]))
     print(*evaluator.find_pitfalls(reference, sample, "generation"), file=sys.stderr)
     for file in (reference, sample):
-        print(file.kind, file.count, file.labels(), *(file.statistic(key) for key in evaluation_file.STATISTICS), sep="\n")
+        print(file.kind, file.count, file.labels(), *(file.statistic(key) for key in stored_statistics()), sep="\n")
         for batch in file.batches(4) if file.count else ():
             print(batch.sum(), batch.dtype)
-
-
-FEW = {"mu": (64,), "sigma": (64, 64), "mu_s": (36,), "sigma_s": (36, 36)}
 
 
 class FewFeatures(torch.nn.Module):
@@ -57,10 +56,16 @@ class FewFeatures(torch.nn.Module):
         return flat, flat[:, :36], flat[:, :8].softmax(1)
 
 
+FEW = Extractor(lambda path, device: (FewFeatures(), "0" * 64), prepare, (
+    Output("pool3", 64, "fid", ("mu", "sigma"), ("precision", "recall"), half=True),
+    Output("spatial", 36, "sfid", ("mu_s", "sigma_s")), Output("probs", 8, score="inception_score")), "a few cheap features")
+
+
 def evaluate_few_features() -> None:
-    """The evaluator with `FewFeatures` in the network's place, whose weights would have to be downloaded."""
-    with patch.object(evaluation_file, "STATISTICS", FEW), patch.multiple(
-            features, POOL_FEATURES=64, CLASSES=8, load_inception=lambda path, device: (FewFeatures(), "0" * 64)):
+    """The evaluator with `FewFeatures` in the networks' place, whose weights would have to be downloaded."""
+    tokens = Output("class_token", 64, "fd_dinov2", ("mu_dinov2", "sigma_dinov2"), ("precision_dinov2", "recall_dinov2"))
+    few_tokens = Extractor(lambda path, device: (lambda images: FewFeatures()(images)[:1], "1" * 64), prepare, (tokens,), "them")
+    with patch.dict(EXTRACTORS, inception=FEW, dinov2=few_tokens):
         evaluator.main()
 
 
@@ -103,6 +108,11 @@ COMMANDS: dict[str, Command] = {
                        ("{out}/codes/codes.npy", "{out}/codes/header.json"), extract_codes_c2i.ExtractConfig),
     "extract npz": Command(extract_codes_c2i.main, "--data-path {images_npz} --vq-ckpt {tokenizer} " + EXTRACT,
                            ("{out}/codes/codes.npy", "{out}/codes/header.json")),
+    **{f"extract {kind}": Command(extract_codes_c2i.main, f"--data-path {{{kind}}} --vq-ckpt {{tokenizer}} {EXTRACT}",
+                                  ("{out}/codes/codes.npy", "{out}/codes/header.json")) for kind in ("table", "saved", "shards")},
+    "llamagen codes": Command(llamagen_codes.main, "{llamagen}/imagenet32_codes {llamagen}/imagenet32_labels --vq-ckpt {single} "
+                              "--code-path {out}/codes --num-classes 3", ("{out}/codes/codes.npy", "{out}/codes/header.json"),
+                              llamagen_codes.LlamaGenCodesConfig),
     # No options to fuzz: another encoder would be looked for on the hub.
     "extract text": Command(extract_text.main, "--data-path {images_npz} --text-encoder hashed --text-width 64 --short-captions "
                             "first-sentence --text-path {out}/text " + CPU,
@@ -162,6 +172,7 @@ READERS = {
     "gpt": ("evaluate", "sample", "grid", "export"), "classifier": ("judge", "reject", "vq train"), "single": ("rearrange",),
     "code_map": ("train mapped",), "mapping": ("mapping",), "run": ("resume", "evaluate checkpoint", "losses"),
     "samples": ("judge", "evaluator files"), "statistics": ("evaluator files",), "released": ("import",), "figures": ("row",),
+    "table": ("extract table",), "saved": ("extract saved",), "shards": ("extract shards",), "llamagen": ("llamagen codes",),
     "text": ("train text",), "text_gpt": ("sample text",), "prompts": ("sample text",),
 }
 

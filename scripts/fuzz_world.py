@@ -1,6 +1,7 @@
 """The tiny world of `fuzz.py` and `full_disk.py`: an entry of every kind that the commands read, and how they are run on it."""
 
 import dataclasses
+import io
 import json
 import multiprocessing
 import os
@@ -8,11 +9,13 @@ import re
 import resource
 import shutil
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 from PIL import Image
@@ -21,7 +24,7 @@ from tqdm import tqdm
 
 from autoregressive.models.gpt import GPT
 from autoregressive.models.transformer import GPTConfig
-from evaluations.c2i.evaluation_file import STATISTICS
+from evaluations.c2i.extractors import EXTRACTORS
 from scripts.fuzz_commands import COMMANDS, READERS, Command, words_of
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 from utils.checkpoint import export, fingerprint
@@ -47,8 +50,9 @@ def write_files(world: Path) -> None:
     names = np.array([f"class{index}" for index in range(3)])
     np.savez(world / "images_npz.npz", images=pixels, labels=np.arange(12) % 3, class_names=names,
              captions=np.array([f"A picture of class {index % 3}. It is number {index}." for index in range(12)]))
+    write_tables(world, pixels, names.tolist())
     statistics = {key: np.eye(shape[0], dtype=np.float32) if len(shape) > 1 else np.zeros(shape, np.float32)
-                  for key, shape in STATISTICS.items()}
+                  for output in EXTRACTORS["inception"].outputs for key, shape in output.statistics_shapes.items()}
     np.savez_compressed(world / "statistics.npz", **statistics)  # type: ignore[arg-type]
     torch.manual_seed(0)
     single = dataclasses.replace(TINY_VQ, quantizer="single", codebook_sizes=(16,))
@@ -67,6 +71,32 @@ def write_files(world: Path) -> None:
     lines = [json.dumps({"tag": "counting", "prompt": f"a picture of number {number}"}) for number in range(3)]
     (world / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     write_report(world / "report")
+
+
+def write_tables(world: Path, pixels: np.ndarray, names: list[str]) -> None:
+    """The same images as parquet, as a saved data set, and as a tar shard with classes; random codes as LlamaGen saves them."""
+    (world / "shards").mkdir()
+    (world / "shards" / "classnames.txt").write_text("\n".join(names))
+    held = list[bytes]()
+    with tarfile.open(world / "shards" / "00000.tar", "w") as shard:
+        for index, image in enumerate(pixels):
+            file = io.BytesIO()
+            Image.fromarray(image).save(file, "PNG")
+            held.append(file.getvalue())
+            for suffix, content in (("png", held[-1]), ("cls", str(index % 3).encode())):
+                about = tarfile.TarInfo(f"{index:04d}.{suffix}")
+                about.size = len(content)
+                shard.addfile(about, io.BytesIO(content))
+    columns = {"image": [{"bytes": each, "path": None} for each in held], "label": [index % 3 for index in range(len(held))]}
+    table = datasets.Dataset.from_dict(columns, datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names)))
+    table.to_parquet(world / "table.parquet")
+    table.save_to_disk(world / "saved")
+    rng = np.random.default_rng(1)
+    for name in ("codes", "labels"):
+        (world / "llamagen" / f"imagenet32_{name}").mkdir(parents=True)
+    for index in range(len(held)):
+        np.save(world / "llamagen" / "imagenet32_codes" / f"{index}.npy", rng.integers(0, 16, (1, 2, 16)))
+        np.save(world / "llamagen" / "imagenet32_labels" / f"{index}.npy", np.array([index % 3]))
 
 
 def export_gpts(world: Path, tokenizer: str) -> None:
@@ -131,6 +161,8 @@ class World:
         self.folder, self.time_limit, self.scratch = folder, time_limit, scratch or folder
         self.out, self.case, self.outside = self.scratch / "out", self.scratch / "case", folder / "outside"
         self.outside.mkdir(parents=True)
+        datasets.config.HF_DATASETS_CACHE = folder / "cache"  # of Arrow copies, which a command may make where it likes
+        datasets.disable_progress_bars()
         self.paths = build(folder / "pristine", self.run)
         self.undamaged: dict[str, list[str]] = {}
 

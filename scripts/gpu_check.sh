@@ -10,7 +10,7 @@
 # A check that fails does not stop the others; what is done is not done again.
 export TOOLS=1
 source "$(dirname "$0")/setup.sh"
-cd "$REPOSITORY"
+enter_repository
 OUT="${OUT:-runs/gpu_check}" LIMIT="${LIMIT:-600}" SCALE="${SCALE:-5}" CPU="${CPU:-0}"
 mkdir -p "$OUT/checks"
 

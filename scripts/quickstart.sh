@@ -4,12 +4,8 @@
 # Finished phases are not done again; an interrupted phase carries on.  Options, as environment variables:
 #   OUT=runs/quickstart   where everything goes
 #   SCALE=1               multiplies all step counts (0.02 shows in two minutes that the plumbing holds)
-source "$(dirname "$0")/setup.sh"
-cd "$REPOSITORY"
-OUT="${OUT:-runs/quickstart}"
-SCALE="${SCALE:-1}"
+source "$(dirname "$0")/phases.sh" runs/quickstart "$@"
 DATA=scripts/data/fashion_mnist
-source "$REPOSITORY/scripts/phases.sh"
 
 SHAPE=(--image-size 32 --num-workers 0)
 UNCOMPILED=(--compile off)  # on a GPU compiling takes longer than trainings of this length

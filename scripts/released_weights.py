@@ -92,8 +92,7 @@ def describe_gpt(kind: Kind, config: ReleasedConfig, tensors: dict[str, Tensor],
     model = to_dict(from_dict(kind.config, fields | parse_model_args(config.model_args)))
     build(kind, model)
     streams = len(model["codebook_sizes"])
-    preset = (sampling_preset(name, streams, model["grid_size"], "released", model["condition"])
-              or sampling_preset("GPT-B", streams, 16, "released"))
+    preset = sampling_preset(name or "GPT-B", streams, model["grid_size"], "released", model["condition"])
     log.info("samplers will guide with %s unless told otherwise", preset)
     return {"model": model, "gpt_model": name, "tokenizer": "", "image_size": DOWNSAMPLING * model["grid_size"],
             "sampling": preset, "encoder": ENCODER if model["condition"] == "text" else ""}

@@ -7,6 +7,12 @@
 set -euo pipefail
 REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
+# enter_repository: go there; OUT, if it is a relative path, stays one of the folder that the script was started in.
+enter_repository() {
+    case "${OUT:-/}" in /*) ;; *) [ "$PWD" = "$REPOSITORY" ] || OUT="$PWD/$OUT" ;; esac
+    cd "$REPOSITORY"
+}
+
 # has_requirements PYTHON: asks the packages' metadata, because importing them takes seconds.  The tools of the file's last
 # part are asked for only where TOOLS is set (test.sh, .ci/run).
 has_requirements() {

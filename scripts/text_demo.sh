@@ -5,11 +5,7 @@
 # Finished phases are not done again; an interrupted phase carries on.  Options, as environment variables:
 #   OUT=runs/text_demo    where everything goes
 #   SCALE=1               multiplies all step counts (0.02 shows in two minutes that the plumbing holds)
-source "$(dirname "$0")/setup.sh"
-cd "$REPOSITORY"
-OUT="${OUT:-runs/text_demo}"
-SCALE="${SCALE:-1}"
-source "$REPOSITORY/scripts/phases.sh"
+source "$(dirname "$0")/phases.sh" runs/text_demo "$@"
 export NPROC=1
 
 BUNDLED=scripts/data/fashion_mnist_train.npz DATA="$OUT/data/train.npz"

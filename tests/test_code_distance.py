@@ -110,7 +110,7 @@ def test_command_line_measures_the_curve(checkers, tmp_path):
     tokenizer = load_tokenizer(checkpoint)
     plain = F.mse_loss(tokenizer.decode_codes(tokenizer.encode(images)).clamp(-1, 1), images).item()
     assert curve[0]["mse"] == pytest.approx(plain, rel=1e-4)
-    assert curve[-1]["mse"] > 2 * curve[0]["mse"] and curve[-1]["lpips"] > curve[0]["lpips"]
+    assert curve[-1]["mse"] > 2 * curve[0]["mse"] and curve[-1]["perceptual_random"] > curve[0]["perceptual_random"]
     with Image.open(tmp_path / "out" / "code_distance.png") as picture:
         assert picture.width > 300
     with Image.open(tmp_path / "out" / "code_distance_images.png") as picture:
@@ -121,7 +121,7 @@ def test_against_reconstruction_starts_at_0(images_folder, tmp_path):
     """Without the tokenizer's own error the curve shows the effect of the codes alone."""
     checkpoint = tiny_tokenizer(tmp_path, stage="semantic")
     curve = run(images_folder, checkpoint, tmp_path / "out", "--against", "reconstruction")
-    assert curve[0]["mse"] == 0 and curve[0]["lpips"] == pytest.approx(0, abs=1e-6) and curve[-1]["mse"] > 0
+    assert curve[0]["mse"] == 0 and curve[0]["perceptual_random"] == pytest.approx(0, abs=1e-6) and curve[-1]["mse"] > 0
 
 
 def test_a_stage_1_tokenizer_has_one_codebook(images_folder, tmp_path, capsys):

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ import scipy.linalg
 import torch
 from scipy.spatial.distance import cdist
 
-from evaluations.c2i import evaluation_file, evaluator, features
+from evaluations.c2i import evaluator, features
 from evaluations.c2i.evaluation_file import EvaluationFile
+from evaluations.c2i.extractors import EXTRACTORS
 from evaluations.c2i.inception import load_inception
 from evaluations.c2i.metrics import (
     Moments,
@@ -30,6 +32,7 @@ from utils.config import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
 SCRIPT = Path(evaluator.__file__)
+FIVE = ("fid", "sfid", "inception_score", "precision", "recall")
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +196,7 @@ def test_command_line(command_line, adm_features):
     for key, value in expected_metrics(adm_features).items():
         assert result[key] == pytest.approx(value, rel=1e-4), key
     lines = done.stdout.splitlines()
-    assert [line.split()[-1] for line in lines] == [f"{result[key]:.4f}" for key in evaluator.METRICS]
+    assert [line.split()[-1] for line in lines] == [f"{result[key]:.4f}" for key in FIVE]
     assert len({len(line) for line in lines}) == 1
     assert result["counts"] == {"reference": 14, "sample": 10}
     assert result["settings"]["purpose"] == "generation"
@@ -206,7 +209,7 @@ def test_cached_features_are_used_again(command_line, batches, weights, tmp_path
     monkeypatch.setattr(features, "compute_features", None)  # calling it fails
     run(*batches, "--inception-weights", weights, "--json", tmp_path / "second.json")
     first, second = (json.loads(path.read_text()) for path in (command_line[1], tmp_path / "second.json"))
-    assert all(first[key] == second[key] for key in evaluator.METRICS)
+    assert all(first[key] == second[key] for key in FIVE)
 
 
 class StubNetwork(FewFeatures):
@@ -222,9 +225,7 @@ class StubNetwork(FewFeatures):
 @pytest.fixture
 def small(monkeypatch) -> None:
     """Fewer features, so that files of statistics stay small."""
-    monkeypatch.setattr(evaluation_file, "STATISTICS", FEW)
-    monkeypatch.setattr(features, "POOL_FEATURES", 64)
-    monkeypatch.setattr(features, "CLASSES", 8)
+    monkeypatch.setitem(EXTRACTORS, "inception", FEW)
 
 
 @pytest.fixture
@@ -232,7 +233,8 @@ def stub(small, monkeypatch, tmp_path) -> Path:
     """Put the stub in the network's place; returns a file to name as weights."""
     path = tmp_path / "stub.pth"
     path.write_bytes(b"one")
-    monkeypatch.setattr(features, "load_inception", lambda path, device: (StubNetwork(), path.read_bytes().hex() * 8))
+    stub = replace(FEW, load=lambda given, device: (StubNetwork(), path.read_bytes().hex() * 8))
+    monkeypatch.setitem(EXTRACTORS, "inception", stub)
     StubNetwork.calls = 0
     return path
 
@@ -284,7 +286,7 @@ def test_unwritable_folder_only_costs_the_cache(stub, images, tmp_path, monkeypa
 
 
 def statistics(value: float) -> dict[str, np.ndarray]:
-    return {key: np.full(shape, value, np.float32) for key, shape in FEW.items()}
+    return {key: np.full(shape, value, np.float32) for output in FEW.outputs for key, shape in output.statistics_shapes.items()}
 
 
 def test_stored_statistics_replace_those_of_the_images(stub, images, tmp_path):

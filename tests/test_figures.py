@@ -13,8 +13,9 @@ from utils.config import UserError
 
 ROWS = {
     "1": {"iar2-tiny": {"parameters": 1.8, "frechet": 3.0}, "llamagen-tiny": {"parameters": 1.4, "frechet": 4.0}},
-    "4": {"single-64": {"psnr": 15.0, "lpips": 0.3, "frechet": 9.0}, "single-2048": {"psnr": 19.0, "lpips": 0.2, "frechet": 5.0},
-          "dual-128-512": {"psnr": 20.0, "lpips": 0.1, "frechet": 4.0}},
+    "4": {"single-64": {"psnr": 15.0, "perceptual_classifier": 0.3, "frechet": 9.0},
+          "single-2048": {"psnr": 19.0, "perceptual_classifier": 0.2, "frechet": 5.0},
+          "dual-128-512": {"psnr": 20.0, "perceptual_classifier": 0.1, "frechet": 4.0}},
     "7a": {"GPT-tiny-1.0": {"frechet": 6.0, "class_accuracy": 0.5}, "GPT-tiny-2.25": {"frechet": 5.0, "class_accuracy": 0.6},
            "GPT-tiny-pag": {"frechet": 4.5, "class_accuracy": 0.7}},
     "7b": {"iar-tiny": {"parameters": 1.4, "frechet": 4.0, "class_accuracy": 0.7},

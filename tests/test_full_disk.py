@@ -18,7 +18,7 @@ from tests.test_fuzz import save_images
 from utils.config import UserError, file_error
 from utils.distributed import setup
 from utils.files import check_writable, replacing
-from utils.run import set_up_logging
+from utils.logs import set_up_logging
 from utils.signals import LAUNCHED
 
 COMMANDS = ("train", "sample", "extract", "export", "evaluate", "report")

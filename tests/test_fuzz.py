@@ -29,7 +29,8 @@ from utils.npz import NPZ_ERRORS, array_header, array_keys, open_array
 from utils.untrusted import check_checkpoint_files, parse_json, printable
 
 KINDS = ("options", "codes", "images", "images_npz", "tokenizer", "gpt", "classifier", "single", "code_map", "mapping", "samples",
-         "statistics", "released", "figures", "run", "outputs", "text", "text_gpt", "prompts")
+         "statistics", "released", "figures", "run", "outputs", "text", "text_gpt", "prompts", "table", "saved", "shards",
+         "llamagen")
 
 
 def test_a_share_of_the_fuzzer_finds_nothing():

@@ -19,7 +19,8 @@ from autoregressive.models.generate import (
     pick_codes,
 )
 from autoregressive.models.guidance import GUIDANCE
-from autoregressive.sample.pipeline import ModelOptions, check_sampling
+from autoregressive.sample.model_options import ModelOptions
+from autoregressive.sample.pipeline import check_sampling
 from autoregressive.sample.rejection import RejectionOptions
 from autoregressive.sample.sample_c2i_ddp import SampleConfig, make_labels
 from tests.conftest import TINY_GPT, random_codes
@@ -161,7 +162,7 @@ def test_per_stream_options_reach_their_stream(gpt):
 
 @pytest.mark.parametrize("scale, guidance, sentence", [
     ((3.0, 1.5), "attention", "upside down"), ((1.0, 2.0, 3.0), "attention", "has 3 values"),
-    ((1.5, 3.0), "constant", "takes one value"), ((), "attention", "no range is published"),
+    ((1.5, 3.0), "constant", "takes one value"), ((), "constant", "takes one value"),
 ])
 def test_impossible_ranges_are_refused(gpt, scale, guidance, sentence):
     """A wrong range must stop before any image is drawn; the command line names the flag, Python the field."""

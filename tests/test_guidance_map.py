@@ -12,7 +12,8 @@ from autoregressive.models.ctf import FineOptions
 from autoregressive.models.generate import SamplingOptions
 from autoregressive.models.gpt import GPT
 from autoregressive.sample import guidance_map
-from autoregressive.sample.pipeline import ModelOptions, Pipeline
+from autoregressive.sample.model_options import ModelOptions
+from autoregressive.sample.pipeline import Pipeline
 from tests.conftest import TINY_GPT, call, randomise
 from utils.checkpoint import export
 from utils.config import to_dict
@@ -25,11 +26,17 @@ def pipeline(models, sampling) -> Pipeline:
     return Pipeline(ModelOptions(*models), sampling, FineOptions(), torch.device("cpu"))
 
 
+def measured(drawn: Pipeline, *labels: int) -> guidance_map.GuidanceMap:
+    """The map of samples 0, 1, ... of these classes."""
+    uniforms = drawn.uniforms(drawn.sampling.seed, np.arange(len(labels)))
+    return guidance_map.measure(drawn, torch.tensor(labels), uniforms, drawn.sampling)
+
+
 def test_scale_follows_from_attention_and_progress(models):
     """The released formula, cell by cell; the images are those that sampling gives."""
-    drawn, labels = pipeline(models, ATTENTION), np.array([0, 1, 2])
-    found = guidance_map.measure(drawn, labels)
-    assert np.array_equal(found.images, drawn.sample(labels, np.arange(3)))
+    drawn = pipeline(models, ATTENTION)
+    found = measured(drawn, 0, 1, 2)
+    assert np.array_equal(found.images, drawn.sample(np.arange(3), np.arange(3)))
     assert found.attention.shape == (3, 4, 4) and found.scale.shape == (3, 2, 4, 4)
     assert np.allclose(found.attention[:, 0, 0], 1) and ((found.attention > 0) & (found.attention <= 1)).all()
     assert found.attention.std() > 0.01  # otherwise the next lines would show little
@@ -41,7 +48,7 @@ def test_scale_follows_from_attention_and_progress(models):
 
 def test_a_constant_scale_is_flat_and_its_attention_is_shown_too(models):
     """Figure 6a: the same scale everywhere, whatever the model attends to."""
-    found = guidance_map.measure(pipeline(models, replace(ATTENTION, guidance="constant", cfg_scale=(2.0,))), np.array([1]))
+    found = measured(pipeline(models, SamplingOptions(guidance="constant", cfg_scale=(2.0,))), 1)
     assert (found.scale == 2).all() and found.attention.std() > 0.01
 
 

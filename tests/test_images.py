@@ -71,7 +71,7 @@ def test_folder_numbers_classes_by_sorted_name(folder: Path) -> None:
 
 def test_folder_takes_all_extensions_at_any_depth(tmp_path: Path) -> None:
     """A data set must not lose images because they are called .JPEG or lie one folder deeper."""
-    names = ["x.jpg", "x.jpeg", "x.JPEG", "deep/x.png", "deep/er/x.webp", "x.bmp"]
+    names = ["x.jpg", "x.jpeg", "x.JPEG", "x.JFIF", "deep/x.png", "deep/er/x.webp", "x.bmp"]
     for name in names:
         save(tmp_path / "class" / name, noise(8, 8))
     save(tmp_path / "class" / "._x.png", noise(8, 8))
@@ -125,7 +125,7 @@ def test_uncompressed_npz_is_mapped(tmp_path: Path) -> None:
     (lambda p: p.mkdir(), "has no class sub-folders (it is empty): give a folder with one sub-folder"),
     (lambda p: save(p / "x.png", noise(4, 4)), "has no class sub-folders (1 images lie flat in it): give"),
     (lambda p: save(p / "a" / "x.png", noise(4, 4)) or (p / "hollow").mkdir(),  # type: ignore[func-returns-value]
-     "has a class folder 'hollow' without any image (.jpg .jpeg .png .webp .bmp): remove the folder or"),
+     "has a class folder 'hollow' without any image (.jpg .jpeg .jfif .png .webp .bmp): put its images into it, or remove"),
     (lambda p: p.write_text("text"), "is not a readable npz (File is not a zip file): give a folder"),
 ])
 def test_folder_mistakes(tmp_path: Path, make: Callable[[Path], Any], sentence: str) -> None:

@@ -25,6 +25,7 @@ LAUNCHERS = {
     "autoregressive/sample_t2i.sh": ("autoregressive/sample/sample_t2i_ddp.py", []),
     "tokenizer/train_vq.sh": ("tokenizer/tokenizer_image/vq_train.py", ["--stage", "single"]),
     "tokenizer/reconstruction_vq.sh": ("tokenizer/tokenizer_image/reconstruction_vq_ddp.py", []),
+    "tokenizer/rfid.sh": ("scripts/rfid.py", []),
     "tokenizer/val.sh": ("tokenizer/validation/val_ddp.py", []),
     "evaluations/evaluate_c2i.sh": ("evaluations/c2i/evaluator.py", []),
     "evaluations/clip_score.sh": ("evaluations/t2i/clip_score.py", []),

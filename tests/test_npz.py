@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -325,7 +326,10 @@ def expected_reference(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 def run_val(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     """Run the script in this process."""
     monkeypatch.setattr(sys, "argv", ["val_ddp.py", *map(str, arguments)])
-    val_ddp.main()
+    try:
+        val_ddp.main()
+    finally:
+        logging.getLogger().handlers.clear()
 
 
 def test_reference_of_one_process(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

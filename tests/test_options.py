@@ -32,7 +32,7 @@ def check(sentence: str, option: str, value: str) -> None:
     ("--steps", "-3"), ("--ema-decay", "1.5"), ("--device", "tpu"), ("--semantic-weight", "-1"), ("--epochs", "-1"),
     ("--weight-decay", "-1"), ("--max-grad-norm", "-1"), ("--head-layers", "-1"), ("--warmup-steps", "-1"),
     ("--eval-every", "-5"), ("--global-batch-size", "0"), ("--lr", "nan"), ("--lr", "inf"), ("--dropout", "1.5"),
-    ("--log-every", "0"), ("--seed", "-1"), ("--num-workers", "-1"), ("--downsample-size", "0"), ("--beta1", "2"),
+    ("--log-every", "0"), ("--seed", "-1"), ("--num-workers", "-1"), ("--downsample-size", "-8"), ("--beta1", "2"),
     ("--gpt-model", "GPT-Q"), ("--window-size", "4"), ("--paradigm", "both"), ("--keep-checkpoints", "0")])
 def test_gpt_training(capsys, tmp_path, option, value):
     """Each of these was accepted, or ended in a traceback after the model was built."""
@@ -132,6 +132,6 @@ def test_help_can_be_cut_short():
 
 def test_a_recipe_does_not_hide_a_bad_value():
     """Typed options are checked before a recipe divides by one of them."""
-    for name, value in (("--downsample-size", "0"), ("--image-size", "-256")):
+    for name, value in (("--downsample-size", "-16"), ("--image-size", "-256")):
         with pytest.raises(UserError, match=name):
             parse(train_c2i.TrainConfig, train_c2i.recipe, ["--code-path", "c", name, value])

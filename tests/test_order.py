@@ -219,6 +219,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(codes, tmp_path, reference):
     assert losses(tmp_path / "raster")[3] != pytest.approx(reference[3], abs=1e-4)
 
 
+def test_the_probability_of_a_random_order_is_logged_and_stays(codes, tmp_path, capsys):
+    """Curves bend where r falls; a run that goes on with another anneal would be of neither."""
+    options = gpt_options(codes, tmp_path / "run", steps=8, data_parallel="none")
+    call(train_c2i.main, *options, *RANDOM)
+    start, end = (float(word) for word in RANDOM[RANDOM.index("--order-anneal") + 1 :][:2])
+    assert losses(tmp_path / "run", "random_order") == pytest.approx(
+        {step + 1: random_share(step / 8, (start, end)) for step in range(8)})
+    sentence = refused(capsys, train_c2i.main, *options, "--order", "random", "--order-anneal", 0.0, 0.5)
+    assert f"order_anneal [{start}, {end}], not with [0.0, 0.5] as now" in sentence and "give --order-anneal as" in sentence
+    call(train_c2i.main, *gpt_options(codes, tmp_path / "raster", steps=1, data_parallel="none"))
+    assert losses(tmp_path / "raster") and not losses(tmp_path / "raster", "random_order")
+
+
 def test_two_sharded_processes_train_like_one(codes, tmp_path, reference):
     """The table of targets is sharded with the model, and each process takes the orders of its own images."""
     command(TRAIN, *gpt_options(codes, tmp_path / "run", data_parallel="fsdp"), *RANDOM, processes=2)

@@ -177,16 +177,19 @@ def test_torch_load_never_unpickles_objects():
             assert "weights_only=True" in call, f"{relative(path)}: {call}"
 
 
-def test_the_readme_example_in_python_runs(tmp_path, monkeypatch):
+def test_the_readmes_examples_in_python_run(tmp_path, monkeypatch):
     """The first lines a user copies, as they stand: with all imports and all variables."""
     monkeypatch.chdir(tmp_path)
     gpt, _ = export_models(tmp_path / "released" / "iar2")
     description, tensors = read_export(gpt, "gpt", "--gpt-ckpt")
     preset = {"guidance": "attention", "cfg_scale": [1.5, 3.0], "cfg_attention_weight": 0.1}
-    export(gpt, "gpt", tensors, description | {"sampling": preset})
-    block = re.search(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL).group(1)
+    export(gpt, "gpt", tensors, description | {"sampling": preset, "class_names": ["tench", "goldfish", "great white shark"]})
     names: dict = {}
-    exec(block, names)
+    for readme in ("README.md", "autoregressive/README.md"):
+        block = re.search(r"```python\n(.*?)```", (REPOSITORY / readme).read_text(), re.DOTALL)
+        assert block, readme
+        exec(block.group(1), names)
+    assert names["tench"].size == names["shark"].size == (32, 32) and names["tench"] != names["shark"]
     assert names["images"].shape == (2, 3, 32, 32)
     assert [tuple(part.shape) for part in names["logits"]] == [(2, 16, 8), (2, 16, 16)]
     assert generate.carried_sampling(names["gpt"]) == generate.SamplingOptions("attention", (1.5, 3.0), 0.1)

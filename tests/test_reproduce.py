@@ -255,6 +255,33 @@ def test_results_are_those_of_this_call(tmp_path, capsys):
     assert (tmp_path / "x.png").exists() and (stale.parent / "table8-300.md").exists()
 
 
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_reference_is_asked_for_where_it_is_read(name, tmp_path):
+    """An experiment that never evaluates against it needs none, and refuses one; the others say that it is missing."""
+    words = [name, "--dry", *GIVEN["paper"][:4], "--out", str(tmp_path)]
+    lab = reproduce.make_lab(parse(ReproduceConfig, args=words), name)
+    if reproduce.reads(name, "reference", "paper"):
+        with pytest.raises(UserError, match="--reference is missing"):
+            reproduce.declare(lab)
+    else:
+        reproduce.declare(lab)
+
+
+def test_table_13_takes_baselines(tmp_path, monkeypatch):
+    """A tokenizer of diffusers, or a file, is a row without training; it is done first, so that a wrong name is told at once."""
+    (tmp_path / "here" / "vae").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    given = ("diffusers:stabilityai/sd-vae-ft-mse", "diffusers:here/vae", "here")
+    lab = lab_of("table13", tmp_path / "out", "paper", "--baselines", *given)
+    rows = reproduce.declare(lab).rows
+    assert [row.name for row in rows] == ["sd-vae-ft-mse", "vae", "here", "llamagen", "iar2"]
+    steps = [step for step in in_order(reproduce.declare(lab).steps) if step.kind in ("reconstruction", "tokenizer")]
+    assert [step.kind for step in steps[:3]] == ["reconstruction"] * 3
+    found = [parse(ReconstructionConfig, args=arguments(step)).what.vq_ckpt for step in steps[:3]]
+    assert [str(each) for each in found] == [given[0], f"diffusers:{tmp_path}/here/vae", f"{tmp_path}/here"]
+    assert len({step.folder for step in steps}) == len(steps)
+
+
 @pytest.mark.parametrize("words, sentence", [
     ("table5 --scale toy --epochs 5", "--epochs 5.0 is for --scale paper"),
     ("table5 --toy-seconds 5", "--toy-seconds 5.0 is for --scale toy"),
@@ -262,6 +289,9 @@ def test_results_are_those_of_this_call(tmp_path, capsys):
     ("figure8 --gpt-model GPT-B", "--gpt-model GPT-B is read by table1"),
     ("figure1 --keep-every 5", "figure9, not by figure1"),
     ("table13 figure3 --seed 1 --scale toy", "not by table13, figure3"),
+    ("table13 figure3 --reference .", "not by table13, figure3"), ("figure8 --reference .", "not by figure8"),
+    ("table7 --baselines diffusers:a/b --scale toy", "is read by table13, not by table7"),
+    ("table13 --baselines nowhere --scale toy", "--baselines 'nowhere' does not exist"),
     ("table4 --models GPT-B", "--models ('GPT-B',) is read by figure7a, figure8, not by table4"),
     ("table5 --nproc 2 --workers 2", "leave one of them out"),
     ("table5 --gpt-options=--lr='", "close its quotes"),
@@ -275,7 +305,7 @@ def test_what_nothing_reads_is_refused(words, sentence, capsys, tmp_path):
 
 def test_dry_prints_commands_and_nothing_else(tmp_path, capsys):
     """What would be run, in order, each once, without a file written; the paper's trainings are started on all GPUs."""
-    call(reproduce.main, "table13", "figure3", "--dry", *GIVEN["paper"], "--out", tmp_path / "out", "--tokenizer-epochs", 3)
+    call(reproduce.main, "table13", "figure3", "--dry", *GIVEN["paper"][:4], "--out", tmp_path / "out", "--tokenizer-epochs", 3)
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     scripts = [next(Path(word).name for word in line if word.endswith(".py")) for line in lines]
     assert scripts == ["vq_train.py", "reconstruction_vq_ddp.py", "val_ddp.py", "evaluator.py", "vq_train.py", "vq_train.py",

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from autoregressive.models.ctf import FineOptions, refine
 from autoregressive.models.generate import SamplingOptions, draw_uniforms, generate
 from autoregressive.models.gpt import build_gpt, load_gpt
 from autoregressive.sample import sample_c2i_ddp
-from autoregressive.sample.pipeline import ModelOptions, Pipeline
+from autoregressive.sample.model_options import ModelOptions
+from autoregressive.sample.pipeline import Pipeline
 from autoregressive.train import evaluate_c2i, train_c2i
 from autoregressive.train.dry_run import print_dry_run
 from autoregressive.train.options import TrainConfig, recipe
-from evaluations.c2i.judge import judge
+from evaluations.c2i.judge import features_and_votes, judge
 from scripts.paper import sweep_c2i, table
 from tests.conftest import TINY_VQ, call, command, losses, randomise
 from tests.test_bad_input import refused
@@ -27,12 +29,13 @@ from tokenizer.tokenizer_image import rearrange
 from tokenizer.tokenizer_image.quantizer import ProductQuantizer
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.checkpoint import export, fingerprint
-from utils.classifier import ClassifierConfig, SmallClassifier
+from utils.classifier import ClassifierConfig, SmallClassifier, load_classifier
 from utils.code_map import load_code_map
 from utils.code_shards import CodeDataset, CodeHeader
 from utils.code_writer import CodeWriter
 from utils.config import UserError, parse
 from utils.distributed import setup
+from utils.npz import open_array
 
 
 @pytest.fixture(scope="module")
@@ -278,3 +281,19 @@ def test_tables_show_measured_beside_published(tmp_path, capsys):
     with pytest.raises(UserError, match="is no JSON"):
         table.gather([(tmp_path / "half.json", (), "")])
     assert "no figures" in refused(capsys, table.main, "--folder", tmp_path, "--table", "5", "--rows", "grouped")
+
+
+def test_images_in_a_read_only_map_are_judged_without_a_word(world, tmp_path):
+    """torch warns of an array that cannot be written to, and the warning would be the first thing of every report."""
+    np.savez(tmp_path / "x.npz", arr_0=np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8))
+    mapped, classifier = open_array(tmp_path / "x.npz", "arr_0"), load_classifier(world / "judge.safetensors")
+    assert not mapped.flags.writeable
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # torch says it once in a process otherwise
+    try:
+        with warnings.catch_warnings(action="error"):
+            found = features_and_votes(classifier, mapped, torch.device("cpu"))
+    finally:
+        torch.set_warn_always(before)
+    for one, other in zip(found, features_and_votes(classifier, np.array(mapped), torch.device("cpu")), strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -15,7 +15,8 @@ from autoregressive.models.generate import SamplingOptions
 from autoregressive.models.gpt import GPT
 from autoregressive.sample import sample_t2i, sample_t2i_ddp
 from autoregressive.sample.layouts import write_folder
-from autoregressive.sample.pipeline import ModelOptions, Pipeline
+from autoregressive.sample.model_options import ModelOptions
+from autoregressive.sample.pipeline import Pipeline
 from autoregressive.sample.prompts import PromptConditions, load_encoder
 from evaluations.c2i.evaluation_file import EvaluationFile
 from evaluations.c2i.evaluator import find_pitfalls
@@ -143,7 +144,7 @@ def test_a_sample_depends_on_no_other_caption_of_its_batch(world):
     models = ModelOptions(world["gpt"], world["tokenizer"])
     pipeline = Pipeline(models, SamplingOptions("constant", (3.0,)), FineOptions(), CPU, condition="text")
     encoder, rows = load_encoder(HASHED, models, pipeline), np.arange(5)
-    given = PromptConditions(encoder, [Prompt(text, {}) for text in PROMPTS], 1, ALONE)
+    given = PromptConditions(encoder, [Prompt(text, {}) for text in PROMPTS], 1)
     features, mask = given(rows)
     assert features.shape == (5, 8, 32) and mask.sum(1).tolist() == [4, 8, 2, 5, 3]
     together = pipeline.sample_codes((features, mask), rows)

@@ -152,12 +152,24 @@ def test_features_may_lie_elsewhere(capsys, codes, tmp_path):
 def test_options_of_captions_that_nothing_reads_are_refused(capsys, codes, tmp_path):
     """A share of short captions where there are none, and captions where images are asked for by class."""
     alone = own_text(tmp_path / "alone", crops=1)
-    sentence = refused(capsys, train_t2i.main, *text_options(codes, tmp_path / "run", text_path=alone, short_captions=0.5))
-    assert "--short-captions 0.5 asks for short captions but the features (48 images of x) have none" in sentence
+    for share in (0.5, 0.3):  # the default, typed, is a wish like any other
+        sentence = refused(capsys, train_t2i.main, *text_options(codes, tmp_path / "run", text_path=alone, short_captions=share))
+        assert f"--short-captions {share} asks for short captions but the features (48 images of x) have none" in sentence
     for option, value in (("--text-path", alone), ("--short-captions", 0.5)):
         sentence = refused(capsys, train_c2i.main, *gpt_options(codes, tmp_path / "run"), option, value)
         assert f"{option} {value} is of captions but --condition is class: leave it out" in sentence
     assert not (tmp_path / "run").exists()
+
+
+def test_short_captions_are_drawn_where_there_are_any(codes, tmp_path):
+    """Nothing is typed: 0.3, LlamaGen's, where the features have short ones, and 0 is recorded where they have none."""
+    for crops, share in ((1, 0.0), (2, 0.3)):
+        text = own_text(tmp_path / f"text{crops}", crops=crops)
+        words = map(str, text_options(codes, tmp_path / f"run{crops}", 1, data_parallel="none", text_path=text))
+        config = parse(TrainConfig, recipe, list(words))
+        assert config.captions.short_captions == share and told(config).fields["caption_dim"] > 0
+    words = ["--code-path", "nowhere", "--condition", "text", "--short-captions", "0.3"]
+    assert parse(TrainConfig, recipe, words).captions.short_captions == 0.3
 
 
 def test_held_out_likelihoods_are_of_whole_captions(tmp_path):

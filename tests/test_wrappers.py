@@ -137,6 +137,33 @@ def test_nothing_follows_a_command_that_was_asked_to_stop(tmp_path, slow, mode, 
     assert wrapper.started()[-1] == slow.split()[0] and wrapper.started().count(slow.split()[0]) == 1
 
 
+@pytest.mark.parametrize("script", ["quickstart.sh", "text_demo.sh"])
+def test_a_script_without_options_says_so(tmp_path, script):
+    """`--out X` was ignored without a word, and twelve minutes later everything lay elsewhere."""
+    def run(*words: str) -> subprocess.CompletedProcess:
+        environment = {"PATH": os.environ["PATH"], "PYTHON": "/bin/false", "OUT": str(tmp_path / "out")}
+        return subprocess.run(["bash", str(REPOSITORY / "scripts" / script), *words], cwd=tmp_path, env=environment,
+                              capture_output=True, text=True)
+
+    refused = run("--out", "X")
+    assert refused.returncode == 2 and refused.stdout == "" and refused.stderr == (
+        f"error: {script} takes no options but was given '--out': set OUT and SCALE before the command, for example "
+        f"OUT=runs/trial SCALE=0.02 bash {REPOSITORY}/scripts/{script}.\n")
+    for words in (["--help"], ["-h"]):
+        shown = run(*words)
+        assert (shown.returncode, shown.stderr) == (0, "")
+        assert "  OUT=runs/" in shown.stdout and "  SCALE=1" in shown.stdout and "source" not in shown.stdout
+        assert not shown.stdout.startswith("#")
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_is_a_path_of_the_folder_that_one_is_in(tmp_path):
+    """`OUT=trial bash /path/to/quickstart.sh` made `trial` in the repository."""
+    wrapper = Wrapper("quickstart", tmp_path)
+    done = wrapper.start(OUT="trial")
+    assert done.wait(60) == 0 and (tmp_path / "trial" / "phases" / "gpt").exists() and not (REPOSITORY / "trial").exists()
+
+
 def test_an_echo_does_not_cut_tidying_short(tmp_path):
     """Ctrl-C comes by the terminal and by the script: the second would leave the temporary file of which the first was told."""
     (tmp_path / "own.py").write_text(f"""

@@ -30,9 +30,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from utils.config import UserError, file_error, flatten
+from utils.config import UserError, file_error, flag, flatten
 from utils.distributed import Processes, full_tensor, lost_peer, patient_group
 from utils.files import replacing, require_same, write_json
+from utils.hub import local_file
 from utils.untrusted import available_memory, check_checkpoint_files, parse_json, printable, read_fields, read_text, shortened
 
 log = logging.getLogger("checkpoint")
@@ -55,6 +56,16 @@ class RunRecord:
     options: dict[str, Any]           # resolved options of the command
     fixed: tuple[str, ...]            # names of the options that must not change on resume
     export: dict[str, Any] = field(default_factory=dict)  # what the exported file will say, where that is known
+    flags: dict[str, str] = field(default_factory=dict)   # options that decide fields of `model` of other names
+
+    def saved(self) -> dict[str, Any]:
+        """What is written; the flags are for messages alone."""
+        return {name: value for name, value in asdict(self).items() if name != "flags"}
+
+    def remedy(self, name: str) -> str:
+        """What to do where `name` is another now than when the run was begun."""
+        option = self.flags.get(name) or (flag(name) if name in flatten(self.options) else "the options")
+        return f"choose another --run-dir, or give {option} as when this run was begun"
 
 
 class CheckpointWriter:
@@ -100,7 +111,7 @@ class CheckpointWriter:
         with self._explained():
             future.result()  # in the main process only when all others have written their part
             if self.processes.is_main:
-                write_json(aside / "config.json", asdict(self.record) | {"metrics": metrics})
+                write_json(aside / "config.json", self.record.saved() | {"metrics": metrics})
                 target = self.folder / aside.name.removeprefix(".writing-")
                 shutil.rmtree(target, ignore_errors=True)
                 os.replace(aside, target)
@@ -155,7 +166,7 @@ def load_checkpoint(path: Path, state: dict[str, Any], record: RunRecord,
     fixed = {name: now[name] for name in record.fixed}
     # An option that was added after the checkpoint was written cannot differ.
     require_same(record.defaults | saved["model"] | {name: before.get(name, now[name]) for name in fixed}, record.model | fixed,
-                 f"checkpoint {path} was made with", "choose another --run-dir or the options it was started with")
+                 f"checkpoint {path} was made with", record.remedy)
     for name in sorted(set(before) & set(now)):
         if before[name] != now[name]:
             log.warning("resuming with %s %s, which was %s before", name, now[name], before[name])
@@ -195,12 +206,12 @@ def export(path: Path, kind: str, tensors: dict[str, Tensor], config: dict, proc
 
 
 def read_export(path: str | Path, kind: str, option: str, tensors: bool = True) -> tuple[dict, dict[str, Tensor]]:
-    """Read (configuration, tensors) of an exported file; a run folder stands for the file in it.
+    """Read (configuration, tensors) of an exported file; a run folder, or a repository of the hub, stands for the file in it.
 
     A training checkpoint `step-*` that holds its configuration can be read too; averaged weights are preferred.  tensors:
     False reads the configuration alone.  Raises UserError naming `option` when the file is missing, damaged, or of another kind.
     """
-    path = Path(path)
+    path = local_file(path, option, f"{kind}.safetensors")
     if (path / "config.json").is_file() and (path / ".metadata").is_file():
         return read_checkpoint(path, kind, option, tensors)
     if path.is_dir():
@@ -222,17 +233,6 @@ def read_export(path: str | Path, kind: str, option: str, tensors: bool = True) 
     if tensors and metadata.get("crc32", "") not in ("", checksum(found, metadata["config"])):
         raise UserError(f"{option} {path} is damaged (its content is not what its checksum says): export or copy it again.")
     return description, found
-
-
-def read_initial(path: str, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The weights that --init-from names, and what a run's record says of them; both empty for an empty path.
-
-    A run whose record says other weights is not continued: it would be the result of those.
-    """
-    if not path:
-        return {}, {}
-    _, tensors = read_export(path, kind, "--init-from")
-    return tensors, {"the weights of --init-from": fingerprint(tensors)}
 
 
 def require_description(text: str, kind: str, where: str, version: str = "1") -> dict[str, Any]:
@@ -349,9 +349,14 @@ def require_tensors(model: nn.Module, tensors: dict[str, Tensor], what: str, rem
         if tensor.is_floating_point() != expected[name].is_floating_point():
             raise UserError(f"{what} has {called(name)} of type {tensor.dtype} but the model needs {expected[name].dtype}: "
                             f"it is of another model, {remedy}.")
-        if not tensor.is_meta and not torch.isfinite(tensor).all():
-            raise UserError(f"{what} has {called(name)} with infinite or missing values: give a file from before the training "
-                            "failed.")
+        require_finite(str(called(name)), tensor, what)
+
+
+def require_finite(name: str, tensor: Tensor, what: str) -> None:
+    """Raise UserError where a file's tensor has numbers that are none; what: the file, as messages call it."""
+    if not tensor.is_meta and not torch.isfinite(tensor).all():
+        raise UserError(f"{what} has {printable(name)} with infinite or missing values: give a file from before the training "
+                        "failed.")
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 import threading
 import time
@@ -91,6 +92,15 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What is said of files in one sentence: no space, a folder in the place of a file, or the other way round, no permission.
 _FILE_ERRORS = (*NO_SPACE, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 _print_thread_error = threading.excepthook
+_undo = list[Callable[[], None]]()
+
+
+def command_line(words: list[str] | None = None) -> str:
+    """The command that is running, as it can be typed again in the repository; words: its options, those typed if None."""
+    script = Path(sys.argv[0]).absolute()
+    root = Path(__file__).absolute().parents[1]
+    name = script.relative_to(root) if script.is_relative_to(root) else Path(script.name)
+    return shlex.join(["python", str(name), *(sys.argv[1:] if words is None else words)])
 
 
 def flag(name: str) -> str:
@@ -157,6 +167,11 @@ def _blank(config: type[T], missing: Any = tyro.MISSING) -> T:
     return config(**values)
 
 
+def defaults_of(config: type) -> dict[str, Any]:
+    """{field name: default} of a dataclass of options and of those inside it, as JSON holds it; None where there is none."""
+    return flatten(to_dict(_blank(config, missing=None)))
+
+
 def override(options: T, values: dict[str, Any]) -> T:
     """A copy of `options` with the fields named in `values` replaced, nested ones too; KeyError for an unknown name."""
     left = dict(values)
@@ -203,12 +218,18 @@ def require_multiple(option: str, value: int, divisor: int, of: str) -> None:
         raise UserError(f"{option} {value} is not a multiple of {divisor}, {of}: choose one that is.")
 
 
+def when_refused(undo: Callable[[], None]) -> None:
+    """Have `undo` called where the command ends by a UserError, the last one first: a refusal leaves nothing behind."""
+    _undo.append(undo)
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry point; a UserError becomes one line on standard error and exit code 2, never a traceback.
 
     So does a file that cannot be read or written, such as one on a full disk.
     """
     threading.excepthook = _thread_failed
+    _undo.clear()
     try:
         try:
             with leaving_at_once():
@@ -220,6 +241,9 @@ def run_main(main: Callable[[], None]) -> None:
             logging.shutdown()
             os._exit(0)
     except UserError as error:
+        while _undo:
+            with suppress(OSError):
+                _undo.pop()()
         # A loader process hands its error over wrapped in a traceback, whose last line is the sentence.
         _complain(" ".join(str(error).rpartition("utils.config.UserError: ")[2].split()))
         sys.exit(2)

@@ -1,6 +1,9 @@
 """What a device can do and hold, and what suits it: a table of published figures, what the driver says, and defaults."""
 
+import logging
+import os
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Annotated
 
 import torch
@@ -8,6 +11,8 @@ import torch._dynamo
 from torch import nn
 
 from utils.config import choices
+
+log = logging.getLogger("devices")
 
 # Dense bf16 TFLOP/s by a part of the device's name, from the makers' data sheets; the first that fits counts.
 PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "GH200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H800": 989.0,
@@ -30,6 +35,15 @@ def memory_bytes(device: torch.device, gib: float = 0.0) -> float | None:
     if gib:
         return gib * 2**30
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+@lru_cache
+def loader_processes(wanted: int) -> int:
+    """How many of the loader processes that were asked for are started: not more than the CPUs that this process may use."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if wanted > cpus:
+        log.info("%d loader processes, one for each CPU that this process may use, instead of --num-workers %d", cpus, wanted)
+    return min(wanted, cpus)
 
 
 Compile = Annotated[str, choices(("auto", "on", "off"))]

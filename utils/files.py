@@ -4,13 +4,15 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from utils.config import NO_SPACE, UserError, file_error
+from utils.config import NO_SPACE, UserError, file_error, when_refused
 from utils.untrusted import parse_json, shortened
+
+PROBE = ".write-test-"  # what the names of files begin with that are made to see whether files can be made
 
 
 @contextmanager
@@ -96,25 +98,41 @@ def read_json(path: str | Path, option: str, what: str) -> Any:
         raise UserError(f"{option} {path} is no JSON ({shortened(error)}): make {what} again.") from error
 
 
-def require_same(found: dict[str, Any], wanted: dict[str, Any], what: str, remedy: str) -> None:
-    """Raise UserError naming the first key in which what was found on disk differs from what is wanted, with both values."""
+def require_same(found: dict[str, Any], wanted: dict[str, Any], what: str, remedy: str | Callable[[str], str]) -> None:
+    """Raise UserError naming the first key in which what was found on disk differs from what is wanted, with both values.
+
+    remedy: what to do, or a function of the key that says so.
+    """
     absent = object()
     for key in [*wanted, *found]:
         if found.get(key, absent) != wanted.get(key, absent):
-            raise UserError(f"{what} {key} {found.get(key)}, not with {wanted.get(key)} as now: {remedy}.")
+            advice = remedy if isinstance(remedy, str) else remedy(key)
+            raise UserError(f"{what} {key} {found.get(key)}, not with {wanted.get(key)} as now: {advice}.")
 
 
 def check_writable(folder: Path, option: str) -> Path:
-    """Create `folder` and check that a file can be written there; raises UserError naming `option` otherwise."""
+    """Create `folder` and check that a file can be written there; raises UserError naming `option` otherwise.
+
+    Where the command is refused after all, the folders that it has made and left empty are removed.
+    """
     try:
+        if made := [each for each in (folder, *folder.parents) if not each.exists()]:
+            when_refused(lambda: _remove_empty(made))
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test-{own_name()}"
+        probe = folder / f"{PROBE}{own_name()}"
         probe.touch()
         probe.unlink(missing_ok=True)
     except OSError as error:
         remedy = "make space" if error.errno in NO_SPACE else "give a folder you may write to"
         raise UserError(f"{option} {folder} cannot be written ({error.strerror}): {remedy}.") from error
     return folder
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders, the innermost first, as far as they are empty."""
+    for each in folders:
+        with suppress(OSError):
+            each.rmdir()
 
 
 def check_file_to_write(path: Path, option: str) -> Path:

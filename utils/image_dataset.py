@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from utils.batches import GlobalBatches
 from utils.config import Count, Positive, UserError
 from utils.crops import center_crop, random_crop, sample_rng, to_tensor
+from utils.devices import loader_processes
 from utils.image_source import ImageSource, UnreadableImage
 from utils.signals import ignore_in_worker
 
@@ -30,23 +31,26 @@ class ImageOptions:
     """Where images come from and how they are cut."""
 
     data_path: Path
-    """Folder with one sub-folder per class, or npz with `images` and `labels`."""
+    """Folder with one sub-folder per class, npz with `images` and `labels`, WebDataset tar shards, or parquet or Arrow tables
+    (and behind :: their split or column of labels, DATA::train,label=NAME; all of it: utils/README.md).  Images are taken as they
+    are stored: EXIF rotation is not applied and transparency is dropped, as ADM and LlamaGen do."""
     image_size: Positive = 256
     """Side of the square images in pixels."""
     num_workers: Count = 8
-    """Processes that load images, for each process of torchrun; 0: none."""
+    """Processes that load images, for each process of torchrun, at most one a CPU; 0: none."""
 
 
 class ImageDataset(Dataset[tuple[Tensor, int, int]]):
     """Cropped images with labels, for a DataLoader whose sampler yields (epoch, index), or index alone for epoch 0.
 
     source: the images; size: pixels; random_crop: a random crop instead of the centre crop; random_flip: mirror half of the
-    images.  An unreadable image is logged, counted and replaced by the next readable one.
+    images.  An unreadable image is logged, counted and replaced by the next readable one, which says its own index; left_out:
+    whether the caller leaves such replacements out again, for what is logged.
     """
 
     def __init__(self, source: ImageSource, size: int, seed: int = 0, random_crop: bool = False,
-                 random_flip: bool = False) -> None:
-        self.source, self.size, self.seed = source, size, seed
+                 random_flip: bool = False, left_out: bool = False) -> None:
+        self.source, self.size, self.seed, self.left_out = source, size, seed, left_out
         self.random_crop, self.random_flip = random_crop, random_flip
         # One byte per image in shared memory: workers agree on which images were counted without a lock.
         self._unreadable = torch.zeros(len(source), dtype=torch.uint8).share_memory_()  # [N]
@@ -72,8 +76,8 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
     def report_skipped(self) -> None:
         """Log how many images were unreadable; nothing if all could be read."""
         if skipped := self.skipped:
-            log.warning("%s %s: %d of %d images were unreadable and replaced by others", self.source.option,
-                        self.source.path, skipped, len(self))
+            log.warning("%s %s: %d of %d images were unreadable and %s", self.source.option, self.source.path, skipped,
+                        len(self), "left out" if self.left_out else "replaced by others")
 
     def _load(self, index: int) -> tuple[np.ndarray, int]:
         """The first readable image at or after `index`, and where it was found."""
@@ -84,7 +88,7 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
             except UnreadableImage as error:
                 if not self._unreadable[found]:
                     self._unreadable[found] = 1
-                    log.warning("unreadable image replaced by the next: %s", error)
+                    log.warning("unreadable image %s: %s", "left out" if self.left_out else "replaced by the next", error)
         raise UserError(f"{self.source.option} {self.source.path} has {tries} unreadable images in a row, the last "
                         f"{self.source.name(found)}: check that its images are whole and can be read.")
 
@@ -128,19 +132,20 @@ def collate_crops(items: list[tuple[int, Tensor | None]]) -> tuple[np.ndarray, T
 def crop_loader(source: ImageSource, rows: np.ndarray, crop: Callable[[np.ndarray], np.ndarray], batch_size: int,
                 num_workers: int) -> DataLoader:
     """Batches over the given rows, in order: (readable rows [n], their crops uint8 [n, ...] or None, unreadable rows)."""
-    workers = min(num_workers, -(-len(rows) // batch_size))
+    workers = min(loader_processes(num_workers), -(-len(rows) // batch_size))
     return DataLoader(CropDataset(source, rows, crop), batch_size, num_workers=workers, collate_fn=collate_crops,
                       pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_in_worker)
 
 
 def train_loader(dataset: Dataset, batches: GlobalBatches, num_workers: int) -> DataLoader:
     """Micro-batches of this process in training order."""
-    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=torch.cuda.is_available(),
-                      persistent_workers=num_workers > 0, worker_init_fn=ignore_in_worker)
+    workers = loader_processes(num_workers)
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=torch.cuda.is_available(),
+                      persistent_workers=workers > 0, worker_init_fn=ignore_in_worker)
 
 
 def share_loader(dataset: Dataset, rows: np.ndarray, batch_size: int, num_workers: int) -> DataLoader:
     """Batches over the given rows, in order, for work that visits every image once."""
     batches = [[(0, int(row)) for row in rows[first : first + batch_size]] for first in range(0, len(rows), batch_size)]
-    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=torch.cuda.is_available(),
-                      worker_init_fn=ignore_in_worker)
+    return DataLoader(dataset, batch_sampler=batches, num_workers=loader_processes(num_workers),
+                      pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_in_worker)

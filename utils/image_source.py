@@ -24,7 +24,10 @@ from utils.npz import NPZ_ERRORS, array_checksum, array_header, array_keys, open
 from utils.texts import Texts
 from utils.untrusted import printable, shortened
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp")
+# Names of images that are left out, with a word about them.
+OTHER_EXTENSIONS = (".tif", ".tiff", ".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".ppm", ".pgm", ".tga", ".psd",
+                    ".raw", ".dng", ".cr2", ".nef", ".arw")
 # By content, whatever the name says: some of ImageNet's .JPEG are PNG.  Other decoders of Pillow start programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 MAX_PIXELS = 178_956_970  # of one image: Pillow's own bound, which other libraries switch off
@@ -77,7 +80,7 @@ class ImageSource:
         Raises UserError, naming the option, where there are none or no such.
         """
         raise UserError(f"{self.option} {printable(self.path)} has no captions: give a folder with captions.jsonl, WebDataset "
-                        "tar shards, or an npz with captions.")
+                        "tar shards, a table or an npz with captions.")
 
     def subset(self, limit: int) -> "ImageSource":
         """The first images of each class, `limit` in all, classes differing by at most one where they have enough.
@@ -121,11 +124,8 @@ class FolderImages(ImageSource):
 
     def load(self, index: int) -> np.ndarray:
         """Decode one file: uint8 [H, W, 3]; raises UnreadableImage, also for one of more than MAX_PIXELS."""
-        file = self._file(index)
         try:
-            if not stat.S_ISREG(file.stat().st_mode):  # opening a pipe would wait for ever
-                raise OSError("it is no file")
-            return decode(file)
+            return decode_file(self._file(index))
         except DECODER_ERRORS as error:
             raise UnreadableImage(f"{self.name(index)}: {shortened(error)}") from error
 
@@ -176,6 +176,13 @@ class ArrayImages(ImageSource):
             return Texts(open_array(self.path, key)[self.rows].tolist())
         except NPZ_ERRORS as error:
             raise UserError(f"{where} has damaged {printable(key)} ({shortened(error)}): make the file again.") from error
+
+
+def decode_file(file: Path) -> np.ndarray:
+    """`decode` a file of an image; raises DECODER_ERRORS, also for what is no file."""
+    if not stat.S_ISREG(file.stat().st_mode):  # opening a pipe would wait for ever
+        raise OSError("it is no file")
+    return decode(file)
 
 
 def decode(file: Path | BytesIO) -> np.ndarray:

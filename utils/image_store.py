@@ -39,10 +39,11 @@ log = logging.getLogger("npz")
 _COMMENT_BYTES = 65535  # the zip format's limit
 
 
-def already_finished(path: Path, shape: tuple[int, int, int, int], identity: dict[str, Any]) -> bool:
+def already_finished(path: Path, shape: tuple[int, int, int, int], identity: dict[str, Any], option: str = "--out") -> bool:
     """Tell whether `path` is the finished npz of exactly these images; False if there is no such file.
 
-    shape, identity: as given to ImageStore.  Raises UserError for a file made with other options: nothing may overwrite it.
+    shape, identity: as given to ImageStore; option: what named `path`.  Raises UserError for a file made with other options:
+    nothing may overwrite it.
     """
     if not path.exists():
         return False
@@ -51,7 +52,7 @@ def already_finished(path: Path, shape: tuple[int, int, int, int], identity: dic
             comment = archive.comment
     except NPZ_ERRORS:
         comment = b""
-    _require_identity(comment, _full_identity(shape, identity), f"--out {path} exists and", "was made")
+    _require_identity(comment, _full_identity(shape, identity), f"{option} {path} exists and", "was made", option)
     shutil.rmtree(path.with_suffix(".partial"), ignore_errors=True)  # left by a crash just after the renaming
     return True
 
@@ -61,15 +62,15 @@ def _full_identity(shape: tuple[int, ...], identity: dict[str, Any]) -> dict[str
     return json.loads(json.dumps({**identity, "shape": [int(n) for n in shape]}, default=str))
 
 
-def _require_identity(text: bytes, wanted: dict[str, Any], what: str, made: str) -> None:
+def _require_identity(text: bytes, wanted: dict[str, Any], what: str, made: str, option: str = "--out") -> None:
     """Raise UserError unless `text` is the JSON of the wanted identity."""
     try:
         found = json.loads(text)
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise UserError(f"{what} does not say with which options it {made}: delete it or change --out.")
-    require_same(found, wanted, f"{what} {made} with", "delete it or change --out")
+        raise UserError(f"{what} does not say with which options it {made}: delete it or change {option}.")
+    require_same(found, wanted, f"{what} {made} with", f"delete it or change {option}")
 
 
 def check_name(path: Path) -> None:

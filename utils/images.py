@@ -1,40 +1,59 @@
-"""Opening images: a folder of class folders, an npz, a folder with captions.jsonl, or WebDataset tar shards."""
+"""Opening images: a folder of class folders, an npz, a folder with captions.jsonl, WebDataset tar shards, or a table."""
 
 import logging
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from utils.captioned_images import is_listed, open_listed, open_tars, tars_of
+from utils.captioned_images import is_listed, open_listed
 from utils.config import UserError
+from utils.data_path import DataPath, parse_data_path
 from utils.files import check_exists
-from utils.image_source import EXTENSIONS, ArrayImages, FolderImages, ImageSource, UnreadableImage
+from utils.hub import local_path
+from utils.image_source import EXTENSIONS, OTHER_EXTENSIONS, ArrayImages, FolderImages, ImageSource, UnreadableImage
+from utils.labels import require_labels
 from utils.npz import NPZ_ERRORS, array_header, array_keys, open_array
+from utils.table_files import is_table
+from utils.table_images import open_table
+from utils.tar_images import open_tars, tars_of
 from utils.untrusted import printable, shortened
 
 log = logging.getLogger("images")
 
-_MAX_CLASSES = 1_000_000  # a larger label is a mistake, and would ask for as many rows of every table
 _PROBES = 100  # images, spread over a folder, of which one must be readable
 _FOLDER_REMEDY = "give a folder with one sub-folder of images per class, or an npz with images and labels"
 
 
 def open_images(path: str | Path, option: str = "--data-path") -> ImageSource:
-    """Open a folder of class folders, an npz with `images`, a folder with captions.jsonl, or WebDataset tar shards.
+    """Open a folder of class folders, an npz with `images`, a folder with captions.jsonl, WebDataset tar shards, or a table.
 
     path: a folder whose sub-folders (sorted: label ids) hold images at any depth; or an npz with images uint8 [N, H, W, 3],
     [N, H, W, 1] or [N, H, W], labels int [N] or captions, strings [N], and perhaps class_names, one string for each label id; or
-    what `captioned_images.py` reads.  Images that have captions alone are all of class 0.  Names that begin with a dot are
-    ignored.  Raises UserError, naming `option`, for anything else, and where no image is readable.
+    what `captioned_images.py`, `tar_images.py` or `table_files.py` reads, with choices behind `::` (`data_path.py`); any of them
+    may lie on the hub (`hf:datasets/owner/name`).  Images that have captions alone are all of class 0.  Names that begin with a
+    dot are ignored.  Raises UserError, naming `option`, for anything else, and where no image is readable.
     """
-    path = check_exists(path, option, "a folder with one sub-folder of images per class, or of an npz")
-    if path.suffix != ".tar" and not path.is_dir():
-        return _open_npz(path, option)
-    opener = open_listed if is_listed(path) else open_tars if tars_of(path) else _open_folder
-    source = opener(path, option)
+    wanted = parse_data_path(path, option)
+    path = check_exists(local_path(wanted.path, option), option, "a folder with one sub-folder of images per class, or of an npz")
+    source = _open(wanted._replace(path=path), option)
     _require_readable(source)
     return source
+
+
+def _open(wanted: DataPath, option: str) -> ImageSource:
+    """The source of a path that exists."""
+    path = wanted.path
+    if path.is_dir() and is_listed(path):
+        wanted.require_none(option, "a folder with captions.jsonl")
+        return open_listed(path, option)
+    if tars_of(path):
+        return open_tars(wanted, option)
+    if is_table(path):
+        return open_table(wanted, option)
+    wanted.require_none(option, "a folder of class folders" if path.is_dir() else "an npz")
+    return _open_folder(path, option) if path.is_dir() else _open_npz(path, option)
 
 
 def _require_readable(source: ImageSource) -> None:
@@ -65,30 +84,43 @@ def _open_folder(path: Path, option: str) -> FolderImages:
         log.warning("%s %s: %d images beside the class folders belong to no class and are left out", option, path, flat)
     files: list[str] = []
     labels: list[int] = []
+    others = Counter[str]()
     for label, class_name in enumerate(class_names):
-        found = _images_below(path / class_name, path)
+        found, left_out = _images_below(path / class_name, path)
         if not found:
+            seen = f", only {_kinds(left_out)}: convert them" if left_out else ": put its images into it"
             raise UserError(f"{option} {path} has a class folder {class_name!r} without any image "
-                            f"({' '.join(EXTENSIONS)}): remove the folder or put its images into it.")
+                            f"({' '.join(EXTENSIONS)}){seen}, or remove the folder.")
         files += found
         labels += [label] * len(found)
+        others += left_out
+    if others:
+        log.warning("%s %s: %d images of other kinds than %s are left out (%s): convert them if they are wanted", option, path,
+                    others.total(), " ".join(EXTENSIONS), _kinds(others))
     return FolderImages(path, option, files, np.array(labels), class_names)
+
+
+def _kinds(others: Counter[str]) -> str:
+    """How many files there are of each suffix."""
+    return ", ".join(f"{count} {suffix}" for suffix, count in others.most_common())
 
 
 def _is_image(name: str) -> bool:
     return not name.startswith(".") and name.lower().endswith(EXTENSIONS)
 
 
-def _images_below(folder: Path, root: Path) -> list[str]:
-    """Paths relative to `root` of all images at or below `folder`, sorted by folder, then by name."""
-    found, seen = [], set()
+def _images_below(folder: Path, root: Path) -> tuple[list[str], Counter[str]]:
+    """Paths relative to `root` of all images at or below `folder`, sorted by folder, then by name; other kinds by suffix."""
+    found, others, seen = [], Counter[str](), set()
     for base, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(base)
         folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
         if real not in seen:  # a link to a folder above it would be followed without end
             found += [os.path.relpath(os.path.join(base, name), root) for name in sorted(names) if _is_image(name)]
+            suffixes = (os.path.splitext(name)[1].lower() for name in names if not name.startswith("."))
+            others.update(suffix for suffix in suffixes if suffix in OTHER_EXTENSIONS)
         seen.add(real)
-    return found
+    return found, others
 
 
 def _open_npz(path: Path, option: str) -> ArrayImages:
@@ -103,12 +135,7 @@ def _open_npz(path: Path, option: str) -> ArrayImages:
         _check_npz(f"{option} {path}", shape, dtype, *labelled)
         labels = np.array(open_array(path, "labels")) if "labels" in keys else np.zeros(shape[0], np.int64)
         names = list[str]()
-        if labels.min() < 0:
-            raise UserError(f"{option} {path} has the negative label {labels.min()} at row {labels.argmin()}: number the "
-                            "classes from 0.")
-        if labels.max() >= _MAX_CLASSES:
-            raise UserError(f"{option} {path} has the label {labels.max()} at row {labels.argmax()}: number the classes from 0, "
-                            f"without gaps and below {_MAX_CLASSES}.")
+        require_labels(labels, f"{option} {path}", lambda row: f"at row {row}")
         if "class_names" in keys:
             names = _read_class_names(f"{option} {path}", path, int(labels.max()) + 1)
         images = open_array(path, "images")

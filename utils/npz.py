@@ -31,7 +31,7 @@ def array_header(path: Path, key: str) -> tuple[tuple[int, ...], np.dtype]:
         info = archive.getinfo(f"{key}.npy")
         _check_sizes(archive, info)
         with archive.open(info) as member:
-            shape, _, dtype = _read_header(member, info)
+            shape, _, dtype = read_header(member, info.file_size)
     return shape, dtype
 
 
@@ -60,7 +60,7 @@ def open_array(path: Path, key: str) -> np.ndarray:
         info = archive.getinfo(f"{key}.npy")
         _check_sizes(archive, info)
         with archive.open(info) as member:
-            shape, fortran_order, dtype = _read_header(member, info)
+            shape, fortran_order, dtype = read_header(member, info.file_size)
             if dtype.hasobject:
                 raise ValueError(f"{key} holds Python objects")
             header_bytes = member.tell()
@@ -101,8 +101,11 @@ def _check_sizes(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
         raise ValueError(f"an array packed in {info.compress_size} bytes claims to hold {info.file_size}, which no packing gives")
 
 
-def _read_header(member: Any, info: zipfile.ZipInfo) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, order and type of an array whose data is as long as they say (or Python objects); raises ValueError otherwise."""
+def read_header(member: Any, size: int) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, order and type of an npy file, open at its beginning and of `size` bytes, whose data is as long as they say.
+
+    Python objects are of no known length.  Raises ValueError for anything else.
+    """
     try:
         version = np.lib.format.read_magic(member)
         if version == (1, 0):
@@ -115,8 +118,7 @@ def _read_header(member: Any, info: zipfile.ZipInfo) -> tuple[tuple[int, ...], b
         raise ValueError(f"an array's header is damaged: {' '.join(str(error).split())[:120]}") from error
     if dtype.hasobject:  # of no known size: the caller refuses it
         return shape, fortran_order, dtype
-    size = math.prod(shape) * dtype.itemsize
-    there = info.file_size - member.tell()
-    if any(isinstance(side, bool) or side < 0 for side in shape) or size != there:
-        raise ValueError(f"an array of shape {shape} and type {dtype} would be {size} bytes, but {there} are there")
+    wanted, there = math.prod(shape) * dtype.itemsize, size - member.tell()
+    if any(isinstance(side, bool) or side < 0 for side in shape) or wanted != there:
+        raise ValueError(f"an array of shape {shape} and type {dtype} would be {wanted} bytes, but {there} are there")
     return shape, fortran_order, dtype

@@ -25,7 +25,8 @@ def image_grid(images: np.ndarray, columns: int, scale: int = 1, rows: Sequence[
     lines = math.ceil(count / max(columns, 1))
     if count < 1 or columns < 1 or len(rows) not in (0, lines) or len(titles) not in (0, columns):
         raise ValueError(f"{count} images in {columns} columns do not fit their captions")
-    font, pad = ImageFont.load_default(size=12), 2
+    font: Any = _font(12) if rows or titles else None
+    pad = 2
     line = 12 + 2 * pad  # height of a line of text
     titles = [_fit(text, font, max(width * scale, 96)) for text in titles]  # may widen the columns of small images
     rows = [_fit(text, font, 240) for text in rows]
@@ -54,7 +55,7 @@ def captioned_grid(images: np.ndarray, captions: Sequence[str], scale: int = 1, 
     count, height, width = images.shape[:3]
     if count < 1 or not captions or count % len(captions):
         raise ValueError(f"{count} images do not fit {len(captions)} captions")
-    font, pad, line = _caption_font(), 4, 17
+    font, pad, line = _font(13), 4, 17
     own = count // len(captions)                                    # images of a tile
     tile = max(own * (width * scale + pad) - pad, _NARROWEST)
     columns = min(len(captions), max(1, (widest - 3 * pad) // (tile + 3 * pad)))
@@ -88,11 +89,11 @@ def _enlarged(image: np.ndarray, scale: int) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.NEAREST)
 
 
-def _caption_font() -> Any:
+def _font(size: int) -> Any:
     """A font with the letters of most European languages: Pillow's own has those of English alone."""
     import matplotlib  # takes a moment, and only captions need it
 
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), 13)
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
 
 
 def _wrap(text: str, font: Any, limit: float) -> list[str]:

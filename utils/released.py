@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from utils.checkpoint import require_tensors
 from utils.config import UserError
-from utils.files import check_exists, replacing
+from utils.files import replacing
+from utils.hub import published_file
 from utils.untrusted import printable
 
 CONTAINERS = ("ema", "model", "module", "state_dict")  # averaged weights first, as LlamaGen samples from them
@@ -117,7 +118,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
     Raises UserError when the file is missing or damaged, holds objects that would have to be executed, or no weights.
     """
-    check_exists(path, "SRC", "a published weights file")
+    path = published_file(path, "SRC", "a published weights file")
     if path.suffix == ".safetensors":
         try:
             return load_file(path)

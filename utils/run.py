@@ -8,11 +8,11 @@ without saving generator states.
 import json
 import logging
 import math
-import sys
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
+from utils.batches import StepPlan
 from utils.checkpoint import CheckpointWriter, RunRecord, exported_step, latest_checkpoint, load_checkpoint
-from utils.config import Count, Device, NonNegative, Positive, Seed, UserError
+from utils.config import Count, Device, NonNegative, Positive, Seed, UserError, when_refused
 from utils.distributed import Processes, agree, all_reduce_sum
-from utils.files import check_writable, lock_folder, naming, unlinked, write_json, write_text
+from utils.files import PROBE, check_writable, lock_folder, naming, unlinked, write_json, write_text
+from utils.logs import progress, set_up_logging
 from utils.pictures import save_picture
 from utils.signals import StopRequest, handled_by
 from utils.train_state import TrainState
@@ -60,28 +60,6 @@ class RunOptions:
     """Epochs between models that are exported for good, to snapshots/epoch-0050 and so on; 0: none."""
 
 
-class _LogFile(logging.FileHandler):
-    """The log of a run, which ends when it cannot be written: logging itself would print a traceback for every line and go on."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Deal with what writing a line has raised."""
-        error = sys.exc_info()[1]
-        if isinstance(error, OSError):
-            error.filename = self.baseFilename
-            raise error
-        super().handleError(record)
-
-
-def set_up_logging(processes: Processes, file: Path | None = None) -> None:
-    """Log to standard error and `file` in the main process, only warnings elsewhere."""
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    if file is not None and processes.is_main:
-        handlers.append(_LogFile(unlinked(file)))
-    logging.basicConfig(level=logging.INFO if processes.is_main else logging.WARNING, handlers=handlers, force=True,
-                        format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-
-
 def figures_text(figures: Mapping[str, float | None]) -> str:
     """Figures in one line of the log; those that are missing are left out."""
     return "  ".join(f"{name} {value:.4g}" for name, value in figures.items() if value is not None)
@@ -98,10 +76,16 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return [line for line in found if type(line.get("step")) is int]
 
 
-def progress(total: int, name: str, unit: str, processes: Processes, initial: int = 0) -> tqdm:
-    """A progress bar over the work of one process, shown by the main one."""
-    return tqdm(total=total, initial=initial, desc=name, unit=unit, disable=not processes.is_main, dynamic_ncols=True,
-                mininterval=1.0)
+def first_line(name: str, images: int, of: str, parameters: int, plan: StepPlan, processes: Processes, spread: str = "") -> str:
+    """What a training says of itself first.
+
+    of: what the images are asked for by; spread: how the model is spread over processes, where there is a choice.
+    """
+    device = processes.device.type if processes.device.type == "cpu" else torch.cuda.get_device_name(processes.device)
+    count = "1 process" if processes.world_size == 1 else f"{processes.world_size} processes"
+    steps = f"{plan.total_steps} steps of {plan.global_batch} images ({plan.total_steps / plan.steps_per_epoch:.3g} epochs)"
+    where = f"{count} ({spread}) on {device}" if spread else f"{count} on {device}"
+    return f"{name}: {images} images of {of}, {parameters / 1e6:.1f}M parameters, {steps}, {where}"
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -164,9 +148,13 @@ class Run:
 
     def __init__(self, options: RunOptions, record: RunRecord, processes: Processes, total_steps: int,
                  work: Work | None = None) -> None:
-        """Create the folder and its log; work: for the rates in it.  Raises UserError when it cannot be written."""
+        """Create the folder and its log; work: for the rates in it.  Raises UserError when it cannot be written.
+
+        Where the command is refused before the first step, what it has put into an empty folder is removed.
+        """
         self.options, self.record, self.processes, self.total_steps = options, record, processes, total_steps
         self.folder = check_writable(options.run_dir, "--run-dir")
+        empty = all(entry.name.startswith(PROBE) for entry in self.folder.iterdir())
         if processes.is_main:
             self.lock = lock_folder(self.folder, "--run-dir", "training")
         set_up_logging(processes, self.folder / "log.txt")
@@ -176,13 +164,15 @@ class Run:
         self.tensorboard = self.folder / "tensorboard"
         with naming(self.tensorboard):
             self.writer = SummaryWriter(str(self.tensorboard)) if processes.is_main else None
-        self.started, self.first_step, self.logged = time.perf_counter(), 0, 0
+        self.started, self.first_step, self.logged, self.begun = time.perf_counter(), 0, 0, False
         # Since the last log line: seconds by what was done beside steps; of every network the steps left out [3], in all, in the
         # present row, in the longest row.
         self.seconds: dict[str, float] = {}
         self.bad_steps: dict[str, Tensor] = {}
         self.work = work
         self.loss_range: tuple[float, float] | None = None  # first and lowest
+        if empty and processes.is_main:
+            when_refused(self._forget)
 
     def resume(self, training: TrainState) -> int:
         """Load the newest checkpoint, if there is one, into `training`; returns the first step still to do."""
@@ -193,16 +183,28 @@ class Run:
                 state, metrics = load_checkpoint(path, training.state_dict(), self.record, self.processes)
             training.load_state_dict(state)
             self.metrics.load(metrics, self.processes)
-            log.info("resumed from %s at step %d of %d", path, step, self.total_steps)
+            if step < self.total_steps:
+                log.info("resumed from %s at step %d of %d", path, step, self.total_steps)
+            else:
+                log.info("%s is of step %d, and %d are asked for: this training is finished", path, step, self.total_steps)
         self._start(step)
         return step
+
+    def _forget(self) -> None:
+        """Remove what was made before a first step that never came."""
+        if not self.begun:
+            if self.writer is not None:
+                self.writer.close()
+            shutil.rmtree(self.tensorboard, ignore_errors=True)
+            for name in (".lock", "log.txt", "options.json"):
+                (self.folder / name).unlink(missing_ok=True)
 
     def _start(self, step: int) -> None:
         self.first_step, self.logged = step, step - step % self.options.log_every
         if not self.processes.is_main:
             return
         if step < self.total_steps:  # a finished run keeps the options it was made with
-            write_json(self.folder / "options.json", asdict(self.record))
+            write_json(self.folder / "options.json", self.record.saved())
         metrics = unlinked(self.folder / "metrics.jsonl")
         if metrics.exists():  # lines after the checkpoint will be written again
             kept = "".join(json.dumps(line) + "\n" for line in read_metrics(metrics) if line["step"] <= step)
@@ -210,10 +212,12 @@ class Run:
                 write_text(metrics, kept)
 
     def steps(self) -> Iterator[int]:
-        """Step numbers still to do, under a progress bar; seeds each step from (seed, step, rank)."""
-        self.started = time.perf_counter()
-        bar = progress(self.total_steps, self.folder.name, "it", self.processes, self.first_step)
-        with handled_by(self.stop.note), logging_redirect_tqdm(), bar:
+        """Step numbers still to do, with their progress; seeds each step from (seed, step, rank)."""
+        self.started, self.begun = time.perf_counter(), True
+        if self.first_step >= self.total_steps:
+            return
+        with handled_by(self.stop.note), progress(self.total_steps, self.folder.name, "steps", self.processes,
+                                                  self.first_step) as bar:
             for step in range(self.first_step, self.total_steps):
                 torch.manual_seed(step_seed(self.options.seed, step, self.processes.rank))
                 yield step

@@ -6,7 +6,6 @@ tokens of width 2048).  `hashed` needs no download: every word is the mean of fi
 everywhere: what a model is trained on from disk and what it sees while sampling are the same numbers.
 """
 
-import importlib
 import json
 import logging
 import re
@@ -24,6 +23,7 @@ from torch.nn import functional
 from utils.captions import CLEANING
 from utils.checkpoint import fingerprint
 from utils.config import Count, UserError, choices, flag, interval
+from utils.packages import require_package
 from utils.untrusted import parse_json, printable, read_fields, shortened
 
 log = logging.getLogger("text")
@@ -48,15 +48,6 @@ class TextEncoder(Protocol):
 
     def encode(self, texts: Sequence[str]) -> Caption:
         """Features and mask, padded on the left to the longest text, which is cut to `length` tokens."""
-
-
-def require_package(name: str, purpose: str) -> Any:
-    """Import a package when it is needed; raises UserError with pip's command where it is missing."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"{purpose} needs the package {name}, which cannot be imported ({shortened(error)}): install it with "
-                        f"`pip install {name}`.") from error
 
 
 def quiet_transformers(purpose: str) -> Any:

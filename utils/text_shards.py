@@ -138,7 +138,7 @@ class CaptionOptions:
     text_path: Path | None = None
     """Folder that extract_text.py wrote for the images of --code-path; left out: `text` in the folder of the codes."""
     short_captions: Probability = 0.3
-    """How often the short caption is drawn where the features have one (LlamaGen: 0.3)."""
+    """How often the short caption is drawn (LlamaGen: 0.3); 0 where the features have none."""
 
 
 def read_text_header(code_path: str | Path, text_path: str | Path | None = None, option: str = "--code-path") -> TextHeader:

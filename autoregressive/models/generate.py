@@ -21,9 +21,9 @@ from autoregressive.models.attention import KVCache
 from autoregressive.models.conditions import Given, count, each
 from autoregressive.models.decode_modes import find_mode
 from autoregressive.models.gpt import GPT
-from autoregressive.models.guidance import CFG_RANGES, GUIDANCE, Scale, guide
+from autoregressive.models.guidance import GUIDANCE, Scale, default_scale, guide
 from autoregressive.models.packing import PackedLinears
-from autoregressive.models.paradigms import DecodeState
+from autoregressive.models.paradigms import DecodeState, Pick
 from utils.config import AboveZero, Count, NonNegative, Seed, choices, interval
 
 V = TypeVar("V")
@@ -37,7 +37,8 @@ class SamplingOptions:
     """Schedule of the guidance scale."""
     cfg_scale: tuple[NonNegative, ...] = ()
     """Guidance scale: one value, START END, or START END of the semantic then of the detail stream; 1: no guidance.
-    Empty: what the checkpoint carries, by table 12 or LlamaGen's scales."""
+    Empty: what the checkpoint carries, by table 12 or LlamaGen's scales, or for shapes outside of them the nearest
+    (`guidance.guidance_range`)."""
     cfg_attention_weight: NonNegative = 0.05
     """w of the attention schedules (paper 0.05, released sampler 0.1)."""
     cfg_power: AboveZero = 2.75
@@ -72,15 +73,9 @@ def per_stream(values: tuple[V, ...], streams: int, name: str) -> tuple[V, ...]:
 
 
 def cfg_ranges(options: SamplingOptions, gpt: GPT) -> list[tuple[float, float]]:
-    """The guidance (start, end) of every stream; raises ValueError for a range that is upside down or incomplete, and a
-    power that the schedule does not read."""
-    streams, values, grid = len(gpt.config.codebook_sizes), options.cfg_scale, gpt.config.grid_size
-    if not values:
-        size = gpt.provenance.gpt_model
-        if (streams, size, grid) not in CFG_RANGES or gpt.config.condition != "class":
-            raise ValueError(f"cfg_scale is empty and no range is published for {size or 'this GPT'} on a {grid}x{grid} grid"
-                             f"{'' if gpt.config.condition == 'class' else ' from captions'}: give START END.")
-        values = CFG_RANGES[streams, size, grid]
+    """The guidance (start, end) of every stream; raises ValueError for a range that is upside down or incomplete."""
+    config, streams = gpt.config, len(gpt.config.codebook_sizes)
+    values = options.cfg_scale or default_scale(gpt.provenance.gpt_model, streams, config.grid_size, config.condition)
     if len(values) not in (1, 2, 2 * streams):
         raise ValueError(f"cfg_scale has {len(values)} values: give one, START END, or START END for each stream.")
     values = values * 2 if len(values) == 1 else values
@@ -92,9 +87,17 @@ def cfg_ranges(options: SamplingOptions, gpt: GPT) -> list[tuple[float, float]]:
         if options.guidance == "constant" and start != end:
             raise ValueError(f"cfg_scale {start} {end} is a range but constant guidance takes one value: give one value or use "
                              "progressive guidance.")
-    if options.cfg_power != SamplingOptions.cfg_power and not GUIDANCE[options.guidance].reads_power:
-        raise ValueError(f"cfg_power {options.cfg_power} is of power_cosine guidance, not of {options.guidance}: leave it out.")
     return ranges
+
+
+def check_read(options: SamplingOptions, gpt: GPT) -> None:
+    """Raise ValueError for a power or a weight that the schedule does not read; what the checkpoint carries may stay."""
+    schedule, carried = GUIDANCE[options.guidance], vars(carried_sampling(gpt))
+    for name, read, of in (("cfg_power", schedule.reads_power, "power_cosine"),
+                           ("cfg_attention_weight", schedule.reads_weight, "attention")):
+        value = getattr(options, name)
+        if not read and value not in (getattr(SamplingOptions, name), carried[name]):
+            raise ValueError(f"{name} {value} is of {of} guidance, not of {options.guidance}: leave it out.")
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -189,6 +192,16 @@ class Sampler:
         return self.guidance.scale(self.start[stream], self.end[stream], progress, attention, self.weight)
 
 
+def whole_rows(gpt: GPT) -> list[int]:
+    """How many rows of the grid, from the top, have all their codes after each trunk step."""
+    side = gpt.config.grid_size
+    missing, found = np.full(side, side * len(gpt.config.codebook_sizes)), []
+    for cell, streams in zip(gpt.paradigm.cell_of.tolist(), gpt.paradigm.streams_of, strict=True):
+        missing[cell // side] -= len(streams)
+        found.append(int((np.append(missing, 1) > 0).argmax()))
+    return found
+
+
 @dataclass
 class Decoding:
     """The state of one decoding, in buffers that every step overwrites in place."""
@@ -198,20 +211,23 @@ class Decoding:
     state: DecodeState
     x: Tensor     # the next trunk input [B, D], or conditional rows before unconditional ones [2B, D]
     step: Tensor  # the next trunk step [1]
+    kept: Tensor | None = None  # codes that are given instead of drawn, of the rows of x [B or 2B, C, N], -1 where one is drawn
 
 
-def new_decoding(gpt: GPT, options: SamplingOptions, batch: int, record_attention: bool = False, multiple: int = 1) -> Decoding:
+def new_decoding(gpt: GPT, options: SamplingOptions, batch: int, record_attention: bool = False, multiple: int = 1,
+                 keeps: bool = False) -> Decoding:
     """Buffers for `batch` grids, which `restart` fills.
 
     record_attention: keep the attention to the condition also where the schedule does not read it; multiple: what the
-    length of the cache is rounded up to.
+    length of the cache is rounded up to; keeps: whether some codes will be given.
     """
     device, config = gpt.rotary.device, gpt.config
     sampler = Sampler(gpt, options, torch.zeros(batch, len(config.codebook_sizes), config.cells, device=device))
     rows = 2 * batch if sampler.guided else batch
     cache = gpt.new_cache(rows, sampler.needs_attention or record_attention, multiple)
     x = gpt.paradigm.norm.weight.new_zeros(rows, config.dim)
-    return Decoding(sampler, cache, gpt.paradigm.new_state(rows), x, torch.zeros(1, dtype=torch.long, device=device))
+    state, step = gpt.paradigm.new_state(rows), torch.zeros(1, dtype=torch.long, device=device)
+    return Decoding(sampler, cache, state, x, step, torch.full_like(state.codes, -1) if keeps else None)
 
 
 def with_unconditional(gpt: GPT, given: Given) -> Given:
@@ -219,8 +235,9 @@ def with_unconditional(gpt: GPT, given: Given) -> Given:
     return each(lambda *parts: torch.cat(parts), given, gpt.condition.unconditional(given))
 
 
-def restart(gpt: GPT, decoding: Decoding, given: Given, uniforms: Tensor) -> None:
-    """Begin grids of another condition: labels [B] or captions, on any device; uniforms [B, C, N] from `draw_uniforms`.
+def restart(gpt: GPT, decoding: Decoding, given: Given, uniforms: Tensor, kept: Tensor | None = None) -> None:
+    """Begin grids of another condition: labels [B] or captions, on any device; uniforms [B, C, N] from `draw_uniforms`; kept:
+    codes that are given [B, C, N], for a decoding that keeps some.
 
     What stands in front of the last position of a caption is written to the cache here, once, in a pass that no mode compiles.
     """
@@ -228,6 +245,17 @@ def restart(gpt: GPT, decoding: Decoding, given: Given, uniforms: Tensor) -> Non
     decoding.x.copy_(gpt.begin(with_unconditional(gpt, given) if decoding.sampler.guided else given, decoding.cache))
     decoding.sampler.uniforms.copy_(uniforms[:, : len(gpt.config.codebook_sizes)])
     decoding.step.zero_()
+    if decoding.kept is not None and kept is not None:
+        decoding.kept.copy_(kept.repeat(len(decoding.kept) // len(kept), 1, 1))
+
+
+def keeping(pick: Pick, kept: Tensor) -> Pick:
+    """`pick`, but for cells whose code is given: kept [B, C, N], -1 where one is drawn."""
+    def chosen(logits: Tensor, stream: int, cell: Tensor) -> Tensor:
+        codes, given = pick(logits, stream, cell), kept[:, stream].index_select(1, cell)[:, 0]   # [B]
+        return torch.where(given >= 0, given, codes)
+
+    return chosen
 
 
 def decode_step(gpt: GPT, decoding: Decoding, keys: Tensor, streams: tuple[int, ...]) -> None:
@@ -237,7 +265,9 @@ def decode_step(gpt: GPT, decoding: Decoding, keys: Tensor, streams: tuple[int, 
     """
     step, paradigm = decoding.step, gpt.paradigm
     hidden = gpt.step(decoding.x, decoding.cache, step, keys)
-    pick = partial(decoding.sampler.pick, step=step, attention=decoding.cache.condition_weight)
+    pick: Pick = partial(decoding.sampler.pick, step=step, attention=decoding.cache.condition_weight)
+    if decoding.kept is not None:
+        pick = keeping(pick, decoding.kept)
     decoding.x.copy_(paradigm.decode(hidden, paradigm.cell_of.index_select(0, step), streams, decoding.state, pick))
     step.add_(1)
 
@@ -252,22 +282,23 @@ class Decoder:
         self.gpt, self.device, self.record_attention = gpt, gpt.rotary.device, record_attention
         self.mode = find_mode(mode, self.device)
         self.multiple = self.mode.multiple(self.device)
-        self._kind: tuple[SamplingOptions, int] | None = None
+        self._kind: tuple[SamplingOptions, int, bool] | None = None
 
-    def _prepare(self, options: SamplingOptions, batch: int) -> None:
+    def _prepare(self, options: SamplingOptions, batch: int, keeps: bool) -> None:
         """Buffers and a step for this kind of batch, unless the last one was of the same kind."""
-        if self._kind != (options, batch):
-            self.decoding = new_decoding(self.gpt, options, batch, self.record_attention, self.multiple)
+        if self._kind != (options, batch, keeps):
+            self.decoding = new_decoding(self.gpt, options, batch, self.record_attention, self.multiple, keeps)
             self.packing = PackedLinears(self.gpt, len(self.decoding.x)).in_use if self.mode.packs else nullcontext
-            self.step, self._kind = self.mode.prepare(decode_step, self.device), (replace(options), batch)
+            self.step, self._kind = self.mode.prepare(decode_step, self.device), (replace(options), batch, keeps)
 
     @torch.inference_mode()
-    def steps(self, given: Given, options: SamplingOptions, uniforms: Tensor) -> Generator[Decoding, None, None]:
+    def steps(self, given: Given, options: SamplingOptions, uniforms: Tensor,
+              kept: Tensor | None = None) -> Generator[Decoding, None, None]:
         """The same decoding after every trunk step, for those who look at it on the way; see `draw`."""
         condition = self.gpt.condition
         condition.check(given)
-        self._prepare(options, count(given))
-        restart(self.gpt, self.decoding, given, uniforms)
+        self._prepare(options, count(given), kept is not None)
+        restart(self.gpt, self.decoding, given, uniforms, kept)
         with self.packing():
             for step, streams in enumerate(self.gpt.paradigm.streams_of):
                 length = -(-(step + condition.positions) // self.multiple) * self.multiple
@@ -275,14 +306,14 @@ class Decoder:
                 yield self.decoding
 
     @torch.inference_mode()
-    def draw(self, given: Given, options: SamplingOptions, uniforms: Tensor) -> Tensor:
+    def draw(self, given: Given, options: SamplingOptions, uniforms: Tensor, kept: Tensor | None = None) -> Tensor:
         """Draw one grid of codes for each label or caption.
 
         given: labels [B] in [0, num_classes), or captions, features [B, P', E] and mask [B, P'], by the GPT's condition;
-        uniforms: [B, C, N] from `draw_uniforms`; all on any device.  Returns codes [B, C, N] int64.  Raises ValueError for a
-        condition or options that do not fit the GPT.
+        uniforms: [B, C, N] from `draw_uniforms`; kept: [B, C, N] codes that are given, -1 where one is drawn; all on any
+        device.  Returns codes [B, C, N] int64.  Raises ValueError for a condition or options that do not fit the GPT.
         """
-        *_, last = self.steps(given, options, uniforms)
+        *_, last = self.steps(given, options, uniforms, kept)
         return last.state.codes[: count(given)].clone()  # the next batch overwrites them
 
 

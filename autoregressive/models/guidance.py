@@ -111,6 +111,8 @@ class Guidance(NamedTuple):
     recall: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     """(attention of all steps [B, M], known up to the step [1]; a uniform number of the step [B, 1]) -> the a [B, 1] that `scale`
     is given; None: the step's own."""
+    reads_weight: bool = False
+    """Whether w is needed."""
 
     def progress(self, step: int, steps: int, power: float) -> float:
         """How far `step` is, counted from 0, of `steps`, in the schedule's shape."""
@@ -120,14 +122,14 @@ class Guidance(NamedTuple):
 GUIDANCE: dict[str, Guidance] = {
     "constant": Guidance(constant),
     "progressive": Guidance(progressive),
-    "attention": Guidance(progressive_attention, reads_attention=True),
+    "attention": Guidance(progressive_attention, reads_attention=True, reads_weight=True),
     "equation18": Guidance(equation18, reads_attention=True, reaches_end=False, one_is_off=False),
     # Not of the paper.
     "power_cosine": Guidance(progressive, reaches_end=False, shape=power_cosine, reads_power=True),
     "reversed": Guidance(progressive, shape=falling),
     "equation18_rescaled": Guidance(equation18, reads_attention=True, reaches_end=False, one_is_off=False,
                                     recall=relative_attention),
-    "attention_shuffled": Guidance(progressive_attention, reads_attention=True, recall=shuffled_attention),
+    "attention_shuffled": Guidance(progressive_attention, reads_attention=True, recall=shuffled_attention, reads_weight=True),
 }
 
 # Guidance (start, end) by number of codebooks, size and side of the grid.
@@ -141,7 +143,6 @@ CFG_RANGES: dict[tuple[int, str, int], tuple[float, float]] = {
     (2, "GPT-L", 24): (1.4, 2.5),      # FID 2.76
     (2, "GPT-XL", 24): (1.35, 3.0),    # FID 2.10
     (2, "GPT-XXL", 24): (1.4, 3.15),   # FID 1.76
-    (2, "GPT-tiny", 4): (2.0, 4.0),    # quickstart
     # LlamaGen: constant scales.
     (1, "GPT-B", 16): (2.0, 2.0),
     (1, "GPT-L", 16): (2.0, 2.0),
@@ -155,6 +156,11 @@ CFG_RANGES: dict[tuple[int, str, int], tuple[float, float]] = {
     (1, "GPT-3B", 24): (1.65, 1.65),
 }
 
+# Sizes that take XXL's rows where they have none of their own, here and among the recipes.
+LARGER = ("GPT-3B", "GPT-XXXL")
+# By number of codebooks, for the sizes below B.  Measured on GPT-tiny (README): more samples are of their class than with B's
+# scales, at Fréchet distances that two seeds do not tell apart.
+UNPUBLISHED: dict[int, tuple[float, float]] = {1: (3.0, 3.0), 2: (2.0, 4.0)}
 
 # LlamaGen's sampling from captions.  Nothing is published for two codebooks, which start from the same.
 TEXT_SAMPLING: dict[str, Any] = {"guidance": "constant", "cfg_scale": [7.5], "cfg_interval": -1, "top_k": [1000]}
@@ -163,18 +169,31 @@ TEXT_SAMPLING: dict[str, Any] = {"guidance": "constant", "cfg_scale": [7.5], "cf
 ATTENTION_WEIGHT = {"paper": 0.05, "released": 0.1, "beyond": 0.05}
 
 
+def guidance_range(gpt_model: str, streams: int, grid_size: int) -> tuple[float, float]:
+    """Guidance (start, end) of a GPT of any shape: the published one; for another grid that of the same size on the nearest
+    grid, the smaller of two; for sizes beyond XXL that of XXL; for other sizes that of UNPUBLISHED."""
+    for name in (gpt_model, *(("GPT-XXL",) if gpt_model in LARGER else ())):
+        rows = [(abs(grid - grid_size), grid, found) for (codebooks, size, grid), found in CFG_RANGES.items()
+                if (codebooks, size) == (streams, name)]
+        if rows:
+            return min(rows)[-1]
+    return UNPUBLISHED[min(streams, 2)]
+
+
+def default_scale(gpt_model: str, streams: int, grid_size: int, condition: str) -> tuple[float, ...]:
+    """`cfg_scale` of a GPT where neither the caller nor a checkpoint says it; arguments as for `sampling_preset`."""
+    return guidance_range(gpt_model, streams, grid_size) if condition == "class" else tuple(TEXT_SAMPLING["cfg_scale"])
+
+
 def sampling_preset(gpt_model: str, streams: int, grid_size: int, recipe: str = "paper",
                     condition: str = "class") -> dict[str, Any]:
     """Fields of SamplingOptions that a checkpoint carries, so that sampling from it needs no flags.
 
-    gpt_model: size of the table; streams: number of codebooks; recipe: of ATTENTION_WEIGHT; condition: of CONDITIONS.  Empty for
-    a size without a published range.
+    gpt_model: size of the table; streams: number of codebooks; recipe: of ATTENTION_WEIGHT; condition: of CONDITIONS.
     """
     if condition == "text":
         return TEXT_SAMPLING
-    if (streams, gpt_model, grid_size) not in CFG_RANGES:
-        return {}
-    start, end = CFG_RANGES[streams, gpt_model, grid_size]
+    start, end = guidance_range(gpt_model, streams, grid_size)
     if start == end:
         return {"guidance": "constant", "cfg_scale": [start], "cfg_interval": -1}
     return {"guidance": "attention", "cfg_scale": [start, end], "cfg_attention_weight": ATTENTION_WEIGHT[recipe]}

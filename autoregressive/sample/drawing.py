@@ -20,7 +20,7 @@ from utils.config import to_dict
 from utils.distributed import Processes
 from utils.files import write_json
 from utils.image_store import ImageStore
-from utils.run import progress
+from utils.logs import progress
 
 # What samples [B] are asked for by: class ids [B], or captions.
 Conditions = Callable[[np.ndarray], np.ndarray | Given]

@@ -16,15 +16,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its p
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
+from autoregressive.models.conditions import Given
 from autoregressive.models.ctf import FineOptions
-from autoregressive.models.generate import Decoder, SamplingOptions, draw_uniforms
-from autoregressive.sample.pipeline import ModelOptions, Pipeline, carried_options, check_classes
+from autoregressive.models.generate import Decoder, SamplingOptions
+from autoregressive.sample.model_options import SHOWN, ModelOptions, carried_grid_options
+from autoregressive.sample.pipeline import Pipeline, check_classes
 from utils.config import Count, UserError, parse, run_main
 from utils.distributed import setup
 from utils.files import check_writable, write_json
+from utils.logs import set_up_logging
 from utils.pictures import save_picture
-from utils.run import set_up_logging
 
 log = logging.getLogger("guidance_map")
 
@@ -36,8 +39,8 @@ class GuidanceMapConfig:
     models: ModelOptions
     sampling: SamplingOptions
     fine: FineOptions
-    classes: tuple[Count, ...] = (207, 360, 387, 974, 88, 979, 417, 279)
-    """Class ids, a row each; the default is LlamaGen's eight ImageNet classes."""
+    classes: tuple[Count, ...] = SHOWN
+    """Class ids, a row each; left out: LlamaGen's eight of ImageNet where the GPT knows 1,000 classes, else the first eight."""
     class_names: tuple[str, ...] = ()
     """Captions of the rows; empty: the names that the GPT carries, else the class ids."""
     out: Path = Path("samples/guidance_map.png")
@@ -52,15 +55,18 @@ class GuidanceMap(NamedTuple):
     scale: np.ndarray      # [B, C, h, w], that of each stream
 
 
-def measure(pipeline: Pipeline, labels: np.ndarray) -> GuidanceMap:
-    """Draw sample i of class labels[i] as `Pipeline.sample` would, and keep α and s of every cell."""
-    gpt, count, side = pipeline.gpt, len(labels), pipeline.gpt.config.grid_size
-    streams = len(gpt.config.codebook_sizes)
-    uniforms = draw_uniforms(pipeline.sampling.seed, np.arange(count), streams, gpt.config.cells)
-    classes = torch.from_numpy(labels).to(pipeline.device)
+def has_map(pipeline: Pipeline) -> bool:
+    """Whether every cell is one trunk step, which has one attention and one scale."""
+    return pipeline.fine is None and pipeline.gpt.paradigm.num_steps == pipeline.gpt.config.cells
+
+
+def measure(pipeline: Pipeline, given: Given, uniforms: Tensor, sampling: SamplingOptions) -> GuidanceMap:
+    """Draw samples [B] as `Pipeline.rows` does of the same arguments, and keep α and s of every cell."""
+    gpt, side = pipeline.gpt, pipeline.gpt.config.grid_size
+    count, streams = len(uniforms), len(gpt.config.codebook_sizes)
     attention, scales = [], []
     decoder = Decoder(gpt, record_attention=True)
-    for decoding in decoder.steps(classes, pipeline.sampling, uniforms):
+    for decoding in decoder.steps(given, sampling, uniforms):
         a = decoding.cache.condition_weight
         assert a is not None
         attention.append(a[:count].clone())                                                              # [B]
@@ -102,7 +108,7 @@ def draw(found: GuidanceMap, names: list[str]) -> Figure:
 
 def main() -> None:
     """Parse options, draw, write picture and numbers."""
-    config = parse(GuidanceMapConfig, carried_options)
+    config = parse(GuidanceMapConfig, carried_grid_options)
     processes = setup(config.models.device)
     set_up_logging(processes)
     if config.out.suffix not in (".png", ".pdf", ".svg"):
@@ -110,10 +116,11 @@ def main() -> None:
     check_writable(config.out.parent, "--out")
     pipeline = Pipeline(config.models, config.sampling, config.fine, processes.device)
     names = check_classes(config.classes, config.class_names, pipeline)
-    if pipeline.fine is not None or pipeline.gpt.paradigm.num_steps != pipeline.gpt.config.cells:
+    if not has_map(pipeline):
         raise UserError(f"--gpt-ckpt {config.models.gpt_ckpt} takes more than one trunk step for a cell: give a GPT of the "
                         "single, independent, conditional or hierarchical paradigm, without --fine-ckpt.")
-    found = measure(pipeline, np.array(config.classes))
+    uniforms = pipeline.uniforms(config.sampling.seed, np.arange(len(names)))
+    found = measure(pipeline, torch.tensor(config.classes), uniforms, config.sampling)
     save_picture(draw(found, names), config.out, dpi=110)
     write_json(config.out.with_suffix(".json"), {"classes": list(config.classes), "attention": found.attention.tolist(),
                                                  "scale": found.scale.tolist()})

@@ -38,7 +38,10 @@ class ImageDecoder:
 
     @torch.inference_mode()
     def start(self, codes: Tensor) -> Images:
-        """Begin with codes [B, C, N] as soon as they are drawn; on a CPU the images are there at once."""
+        """Begin with codes [B, C, N] as soon as they are drawn; on a CPU the images are there at once.
+
+        Of fewer cells, whole rows from the top, images are grey below.
+        """
         if self.stream is None:
             decoded = self._decode(codes).numpy()
             return lambda: decoded
@@ -58,10 +61,12 @@ class ImageDecoder:
 
     def _decode(self, codes: Tensor) -> Tensor:
         """Codes [B, C, N] -> uint8 [B, S, S, 3] on their device."""
-        return torch.cat([self._decode_slice(some) for some in codes.unflatten(-1, (self.grid_size,) * 2).split(self.at_once)])
+        return torch.cat([self._decode_slice(some) for some in codes.unflatten(-1, (-1, self.grid_size)).split(self.at_once)])
 
     def _decode_slice(self, codes: Tensor) -> Tensor:
-        images = self.tokenizer.decode_codes(codes).float()                        # [b, 3, H, W]
+        images = self.tokenizer.decode_codes(codes).float()                        # [b, 3, H or less, W]
+        if missing := images.shape[-1] - images.shape[-2]:
+            images = F.pad(images, (0, 0, 0, missing))
         if self.size:
             images = F.interpolate(images, size=(self.size,) * 2, mode="bicubic")
         return to_uint8(images)

@@ -20,9 +20,9 @@ from PIL import Image
 from utils.config import UserError
 from utils.distributed import Processes
 from utils.files import read_json, require_same, write_json, write_text
+from utils.logs import progress
 from utils.npz import array_checksum, open_array
 from utils.pictures import save_picture
-from utils.run import progress
 from utils.texts import Prompt
 
 log = logging.getLogger("layouts")

@@ -1,56 +1,57 @@
-"""From class labels or captions to images: the models a sampler needs, checked against each other and loaded once."""
+"""From class labels or captions to images: the models a sampler needs, checked against each other and loaded once.
 
-from dataclasses import dataclass
+    pipeline = Pipeline.from_pretrained("runs/GPT-XXL-256", vq_ckpt="runs/vq/dual")    # or a name on the hub, "hf:owner/name"
+    first, second = pipeline(["golden retriever", 207], seed=0)                          # PIL images
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import fields, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from autoregressive.models.conditions import Given, each
+from autoregressive.models.conditions import Given, count, each
 from autoregressive.models.ctf import FineOptions, refine
-from autoregressive.models.decode_modes import MODES
-from autoregressive.models.generate import Decoder, SamplingOptions, carried_fields, cfg_ranges, draw_uniforms, per_stream
+from autoregressive.models.generate import (
+    Decoder,
+    SamplingOptions,
+    cfg_ranges,
+    check_read,
+    draw_uniforms,
+    per_stream,
+    whole_rows,
+)
 from autoregressive.models.gpt import GPT, load_gpt, place
+from autoregressive.models.transformer import GPTConfig
 from autoregressive.sample.image_decoder import ImageDecoder, Images
-from tokenizer.tokenizer_image.vq_model import load_tokenizer
+from autoregressive.sample.model_options import ModelOptions
+from autoregressive.sample.prompts import PromptConditions, check_prompts, load_encoder, recorded_encoder
+from tokenizer.tokenizer_image.vq_model import VQModel, load_tokenizer
+from utils import logs
 from utils.checkpoint import fingerprint, read_export
-from utils.class_names import ClassNames, require_same_names
-from utils.config import Count, Device, UserError, choices, flag
+from utils.class_names import ClassNames, find_class, require_same_names, words_for
+from utils.config import UserError, check_options, flag
+from utils.crops import center_crop, to_tensor
+from utils.distributed import choose_device
+from utils.hub import inside
 from utils.optim import native_bf16, uses_bf16
+from utils.text_encoders import CaptionEncoder
+from utils.texts import Prompt
 
 # Who samples from what.
 SAMPLERS = {"class": "sample_c2i.py or sample_c2i_ddp.py", "text": "sample_t2i.py or sample_t2i_ddp.py"}
+COARSE = "coarse-"  # how fingerprints of coarse labels begin (rearrange.py)
 # Weights that a CPU's cache about holds: for so few, half the bytes gain little.
 _CACHED = 2**23
 
-
-@dataclass
-class ModelOptions:
-    """The models to sample from; their shapes are read from the files."""
-
-    gpt_ckpt: Path
-    """gpt.safetensors, the run folder that holds it, or a training checkpoint step-*."""
-    vq_ckpt: Path
-    """tokenizer.safetensors or the run folder that holds it."""
-    fine_ckpt: Path | None = None
-    """Second stage of a GPT that predicts coarse labels (CTF)."""
-    precision: Annotated[str, choices(("auto", "bf16", "float32"))] = "auto"
-    """Of the GPT; on GPUs of the tokenizer's decoder too.  auto: bf16 on GPUs, and for a GPT that outgrows the cache of a CPU
-    which computes in bf16."""
-    decode: Annotated[str, choices(("auto", *MODES))] = "auto"
-    """How codes are drawn: by separate kernels, or compiled in a minute at the start; auto: compiled on GPUs."""
-    image_size_eval: Count = 0
-    """Resize samples to this side, bicubic, as LlamaGen does; 0: keep the model's size."""
-    device: Device = "auto"
-    """auto: CUDA where there is any."""
-
-
-def carried_options(config: Any) -> dict[str, Any]:
-    """The sampling options that --gpt-ckpt carries, as defaults of a command line whose `models` are ModelOptions."""
-    description, _ = read_export(config.models.gpt_ckpt, "gpt", "--gpt-ckpt", tensors=False)
-    return carried_fields(description.get("sampling", {}))
+# Told the samples' numbers and their images so far, uint8 [B, S, S, 3], grey where nothing is drawn yet.
+OnRow = Callable[[np.ndarray, np.ndarray], None]
 
 
 class Pipeline:
@@ -58,15 +59,16 @@ class Pipeline:
 
     def __init__(self, models: ModelOptions, sampling: SamplingOptions, fine: FineOptions, device: torch.device,
                  condition: str = "class") -> None:
-        """condition: what the caller will give to `sample`.  Raises UserError when the GPT reads another, the files do not fit
-        each other or the sampling options fit no model."""
+        """condition: what the caller will give to `sample`, empty for either.  Raises UserError when the GPT reads another, the
+        files do not fit each other or the sampling options fit no model."""
+        self.models = models
         self.gpt = load_in(models.precision, load_gpt(models.gpt_ckpt), device)
         self.fine = None if models.fine_ckpt is None else load_in(
             models.precision, load_gpt(models.fine_ckpt, option="--fine-ckpt"), device)
         self.tokenizer = load_tokenizer(models.vq_ckpt, device)
         self.sampling, self.fine_options, self.device = sampling, fine, device
         self.image_size_eval, self.decode_mode = models.image_size_eval, models.decode
-        if self.gpt.config.condition != condition:
+        if condition not in ("", self.gpt.config.condition):
             raise UserError(f"--gpt-ckpt {models.gpt_ckpt} is conditioned on {self.gpt.config.condition}: sample from it with "
                             f"{SAMPLERS[self.gpt.config.condition]}.")
         self._check_models(models)
@@ -75,8 +77,68 @@ class Pipeline:
         self.image_decoder = ImageDecoder(self.tokenizer, self.gpt.config.grid_size, models.image_size_eval,
                                           torch.bfloat16 if bf16 else torch.float32)
         check_sampling(sampling, self.gpt)
+        self.whole_rows = whole_rows(self.gpt)
         if self.fine is not None:
             self.coarse_of = torch.tensor(self.fine.provenance.coarse_of, device=device)
+
+    @classmethod
+    def from_pretrained(cls, gpt_ckpt: str | Path, vq_ckpt: str | Path = "", fine_ckpt: str | Path = "", *, device: str = "auto",
+                        precision: str = "auto", decode: str = "auto") -> "Pipeline":
+        """Load a GPT and its tokenizer, guided as the GPT's file says.
+
+        gpt_ckpt, vq_ckpt, fine_ckpt: files, run folders, or names on the hub (`hf:owner/name@revision`); the tokenizer is looked
+        for beside the GPT unless it is named, and so is CTF's second stage, in a folder `fine`.  device, precision, decode: as in
+        ModelOptions.  Raises UserError where there is none, or where they do not fit each other.
+        """
+        description, _ = read_export(gpt_ckpt, "gpt", "--gpt-ckpt", tensors=False)
+        if not fine_ckpt and str(description.get("tokenizer")).startswith(COARSE):
+            fine_ckpt = inside(gpt_ckpt, "fine")
+        models = ModelOptions(gpt_ckpt=Path(gpt_ckpt), vq_ckpt=Path(vq_ckpt or gpt_ckpt),
+                              fine_ckpt=Path(fine_ckpt) if fine_ckpt else None, precision=precision, decode=decode)
+        check_options(models)
+        sampling = with_options(SamplingOptions(), description.get("sampling", {}))
+        return cls(models, sampling, FineOptions(), choose_device(device), condition="")
+
+    def __call__(self, wanted: str | int | Sequence[str | int], seed: int | None = None, *, first: int = 0, batch_size: int = 64,
+                 progress: bool = True, on_row: OnRow | None = None, top: tuple[Image.Image, int] | None = None,
+                 **options: Any) -> list[Image.Image]:
+        """Images of classes, by id or name, or of captions, by the GPT's condition.
+
+        seed: None takes the pipeline's; first: number of the first sample, since sample i is a function of (seed, i): these are
+        the images that `sample_c2i_ddp.py` draws of the same classes; batch_size: drawn at once; progress: whether a bar is
+        shown; on_row: called when a row of the grid is whole; top: an image and how many rows of its grid to keep, which the
+        samples go on from; options: fields of SamplingOptions, as in `cfg_scale=(1.5, 3)`.  Raises UserError for a name of no
+        class or several, an empty caption, and options that do not fit the GPT.
+        """
+        asked = [wanted] if isinstance(wanted, (str, int, np.integer)) else list(wanted)
+        sampling = with_options(self.sampling, options | ({} if seed is None else {"seed": seed}))
+        check_sampling(sampling, self.gpt)
+        given, found = self.conditions(asked), list[np.ndarray]()
+        kept = None if top is None else self.top_codes(np.asarray(top[0].convert("RGB")), top[1])
+        with logs.progress(len(asked), "sample", "images") if progress else nullcontext() as bar:
+            for start in range(0, len(asked), batch_size):
+                rows = np.arange(start, min(start + batch_size, len(asked)))
+                own = None if kept is None else kept.expand(len(rows), -1, -1)
+                for known, codes in self.rows(given(rows), self.uniforms(sampling.seed, first + rows), sampling, own):
+                    if on_row is not None:
+                        on_row(first + rows, self.decode(codes, known))
+                found += list(self.decode(codes))
+                if bar is not None:
+                    bar.update(len(rows))
+        return [Image.fromarray(image) for image in found]
+
+    def conditions(self, wanted: Sequence[str | int]) -> Callable[[np.ndarray], Given]:
+        """What the GPT is told of samples [B], given the class, by id or name, or the caption of every sample."""
+        if self.gpt.config.condition == "class":
+            labels = np.array([find_class(each, self.spoken_names, "class") for each in wanted], dtype=np.int64)
+            return lambda rows: torch.from_numpy(labels[rows])
+        prompts = [Prompt(str(each), {}) for each in wanted]
+        return PromptConditions(self.encoder, check_prompts(prompts, self.encoder.record.caption_cleaning, "caption"), 1)
+
+    @cached_property
+    def encoder(self) -> CaptionEncoder:
+        """The text encoder of the GPT's training, where that is recorded; raises UserError where it is not at hand."""
+        return load_encoder(recorded_encoder(self), self.models, self)
 
     def _check_models(self, models: ModelOptions) -> None:
         """Raise UserError unless coarse labels meet their second stage and codes their tokenizer."""
@@ -97,16 +159,9 @@ class Pipeline:
             if seen != expected:
                 raise UserError(f"--gpt-ckpt {models.gpt_ckpt} predicts {seen} but {option} refines {expected}: give two stages "
                                 "trained with the maps of one rearrange.py run.")
-        seen, expected = self.tokenizer.provenance.fingerprint, giver.provenance.tokenizer
-        if expected.startswith("coarse-"):
+        if giver.provenance.tokenizer.startswith(COARSE):
             raise UserError(f"{option} predicts coarse labels, which no tokenizer decodes: give its --fine-ckpt.")
-        if expected and seen != expected:  # published files do not say which tokenizer made their codes
-            raise UserError(f"--vq-ckpt {models.vq_ckpt} is tokenizer {seen} but {option} was trained on codes of tokenizer "
-                            f"{expected}: give the tokenizer that made the codes.")
-        sizes = giver.config.codebook_sizes[-len(self.tokenizer.config.codebook_sizes):]
-        if tuple(sizes) != tuple(self.tokenizer.config.codebook_sizes):
-            raise UserError(f"--vq-ckpt {models.vq_ckpt} has codebooks {self.tokenizer.config.codebook_sizes} but {option} "
-                            f"predicts {tuple(giver.config.codebook_sizes)}: give the tokenizer that made the codes.")
+        require_tokenizer(self.tokenizer, models.vq_ckpt, giver.provenance.tokenizer, giver.config, option)
 
     @property
     def num_classes(self) -> int:
@@ -119,6 +174,11 @@ class Pipeline:
         return self.gpt.provenance.class_names
 
     @property
+    def spoken_names(self) -> ClassNames:
+        """What to call the classes before a person, by id."""
+        return words_for(self.class_names, self.num_classes)
+
+    @property
     def image_size(self) -> int:
         """Side of the images `sample` returns."""
         return self.image_size_eval or self.gpt.config.grid_size * self.tokenizer.config.downsampling
@@ -129,17 +189,56 @@ class Pipeline:
         return {name: fingerprint(gpt.state_dict()) for name, gpt in stages.items()} | {
             "tokenizer": self.tokenizer.provenance.fingerprint}
 
+    def uniforms(self, seed: int, samples: np.ndarray) -> Tensor:
+        """The random numbers of samples [B], by their global indices, of both stages: [B, C, N] on the CPU."""
+        stages = 1 if self.fine is None else 2
+        return draw_uniforms(seed, samples, stages * len(self.gpt.config.codebook_sizes), self.gpt.config.cells)
+
     @torch.inference_mode()
+    def rows(self, given: Given, uniforms: Tensor, sampling: SamplingOptions,
+             kept: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Draw codes and yield (whole rows of the grid, codes so far [B, C, N]) for every row; the last are complete.
+
+        given: class ids [B] or captions; uniforms: of `uniforms`; kept: codes of the tokenizer that are given [B, C, N], -1
+        where one is drawn; all on any device.  Of two stages, the second knows all rows at once.
+        """
+        side, streams, shown = self.gpt.config.grid_size, len(self.gpt.config.codebook_sizes), 0
+        kept = None if kept is None else kept.to(self.device)
+        own = kept
+        if kept is not None and self.fine is not None:
+            own = torch.where(kept < 0, kept, self.coarse_of[kept.clamp_min(0)])
+        for step, decoding in enumerate(self.decoder.steps(given, sampling, uniforms[:, :streams], own)):
+            if self.fine is None and shown < self.whole_rows[step] < side:
+                shown = self.whole_rows[step]
+                yield shown, decoding.state.codes[: count(given)]
+        codes = decoding.state.codes[: count(given)].clone()  # the next batch overwrites them
+        if self.fine is not None:
+            codes = refine(self.fine, each(lambda part: part.to(self.device), given), codes, self.fine_options, uniforms[:, -1],
+                           self.coarse_of, self.decode_mode)
+            codes = codes if kept is None else torch.where(kept < 0, codes, kept)
+        yield side, codes
+
     def sample_codes(self, given: Given, samples: np.ndarray) -> Tensor:
         """Draw codes [B, C, N] of the tokenizer for class ids [B] or captions, on any device; samples: their global indices."""
-        config, stages = self.gpt.config, 1 if self.fine is None else 2
-        streams = len(config.codebook_sizes)
-        uniforms = draw_uniforms(self.sampling.seed, samples, streams * stages, config.cells)
-        codes = self.decoder.draw(given, self.sampling, uniforms[:, :streams])
-        if self.fine is None:
-            return codes
-        return refine(self.fine, each(lambda part: part.to(self.device), given), codes, self.fine_options, uniforms[:, -1],
-                      self.coarse_of, self.decode_mode)
+        *_, (_, codes) = self.rows(given, self.uniforms(self.sampling.seed, samples), self.sampling)
+        return codes
+
+    def encode(self, image: np.ndarray) -> Tensor:
+        """An image uint8 [H, W, 3], its centre square, as codes of the tokenizer [1, C, N]."""
+        square = center_crop(image, self.gpt.config.grid_size * self.tokenizer.config.downsampling)
+        return self.tokenizer.encode(to_tensor(square)[None].to(self.device)).flatten(2)
+
+    def top_codes(self, image: np.ndarray, rows: int) -> Tensor:
+        """The codes of an image's first rows of the grid, -1 below, to be kept by `rows`: [1, C, N].
+
+        Raises UserError unless the grid has so many rows.
+        """
+        side = self.gpt.config.grid_size
+        if not 0 <= rows <= side:
+            raise UserError(f"{rows} rows cannot be kept of a grid of {side}: give a number from 0 to {side}.")
+        codes = self.encode(image)
+        codes[..., rows * side :] = -1
+        return codes
 
     def start(self, given: np.ndarray | Given, samples: np.ndarray) -> Images:
         """`sample` without waiting for the images, so that they are decoded beside the next codes."""
@@ -151,9 +250,24 @@ class Pipeline:
         global indices [B], which fix the randomness."""
         return self.start(given, samples)()
 
-    def decode(self, codes: Tensor) -> np.ndarray:
-        """Codes of the tokenizer [B, C, N] -> images uint8 [B, S, S, 3]."""
-        return self.image_decoder.start(codes)()
+    def decode(self, codes: Tensor, rows: int | None = None) -> np.ndarray:
+        """Codes of the tokenizer [B, C, N] -> images uint8 [B, S, S, 3]; rows: of the grid to show, from the top; None: all."""
+        side = self.gpt.config.grid_size
+        return self.image_decoder.start(codes if rows is None else codes[..., : rows * side])()
+
+
+def require_tokenizer(tokenizer: VQModel, path: str | Path, expected: str, gpt: GPTConfig, option: str) -> None:
+    """Raise UserError unless the tokenizer of --vq-ckpt made the codes of a GPT.
+
+    expected: fingerprint of the one that did, empty where a published file does not say it; option: the GPT, as messages call it.
+    """
+    seen, own = tokenizer.provenance.fingerprint, tuple(tokenizer.config.codebook_sizes)
+    if expected and seen != expected:
+        raise UserError(f"--vq-ckpt {path} is tokenizer {seen} but {option} was trained on codes of tokenizer {expected}: give "
+                        "the tokenizer that made the codes.")
+    if tuple(gpt.codebook_sizes[-len(own):]) != own:
+        raise UserError(f"--vq-ckpt {path} has codebooks {own} but {option} predicts {tuple(gpt.codebook_sizes)}: give the "
+                        "tokenizer that made the codes.")
 
 
 def load_in(precision: str, gpt: GPT, device: torch.device) -> GPT:
@@ -172,11 +286,27 @@ def check_classes(classes: tuple[int, ...], names: tuple[str, ...], pipeline: Pi
     return list(names) or [pipeline.class_names[value] if pipeline.class_names else f"class {value}" for value in classes]
 
 
+def with_options(sampling: SamplingOptions, options: dict[str, Any]) -> SamplingOptions:
+    """Sampling options with some fields replaced, a number standing for one value; raises UserError for an unknown field or a
+    value that makes no sense."""
+    known = {field.name: getattr(sampling, field.name) for field in fields(SamplingOptions)}
+    if unknown := sorted(set(options) - set(known)):
+        raise UserError(f"{unknown[0]} is no sampling option: choose from {', '.join(known)}.")
+    several = {name for name, value in known.items() if isinstance(value, tuple)}
+    given: dict[str, Any] = {name: tuple(value) if isinstance(value, (list, tuple)) else (value,) if name in several else value
+                             for name, value in options.items()}
+    changed = replace(sampling, **given)
+    check_options(changed)
+    return changed
+
+
 def check_sampling(sampling: SamplingOptions, gpt: GPT) -> None:
-    """Raise UserError, naming the flag, for a guidance range, or a count of temperatures or filters, that fits no model."""
+    """Raise UserError, naming the flag, for a guidance range, or a count of temperatures or filters, that fits no model, and for
+    what the guidance does not read."""
     streams = len(gpt.config.codebook_sizes)
     try:
         cfg_ranges(sampling, gpt)
+        check_read(sampling, gpt)
         for name in ("temperature", "top_k", "top_p"):
             per_stream(getattr(sampling, name), streams, name)
     except ValueError as error:

@@ -6,16 +6,15 @@ A prompt is encoded alone and once: beside others the last bits of its features 
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from autoregressive.sample.pipeline import ModelOptions, Pipeline, carried_options
+from autoregressive.sample.model_options import ModelOptions, carried_options
 from utils.captions import CLEANING
 from utils.checkpoint import read_export
 from utils.config import UserError, flag
-from utils.distributed import Processes
 from utils.optim import uses_bf16
 from utils.text_encoders import (
     PUBLISHED_T5,
@@ -29,6 +28,9 @@ from utils.text_encoders import (
 )
 from utils.texts import Prompt, well_formed
 from utils.untrusted import printable
+
+if TYPE_CHECKING:  # it imports this module
+    from autoregressive.sample.pipeline import Pipeline
 
 _KEPT = 64  # prompts whose features are kept: a batch may need one of the batch before again
 
@@ -64,7 +66,13 @@ def recorded_options(record: EncoderRecord) -> dict[str, Any]:
         name: value if name in TEXT_ENCODERS[record.encoder].options else getattr(blank, name) for name, value in own.items()}
 
 
-def load_encoder(options: TextEncoderOptions, models: ModelOptions, pipeline: Pipeline) -> CaptionEncoder:
+def recorded_encoder(pipeline: "Pipeline") -> TextEncoderOptions:
+    """The options of the encoder that a pipeline's GPT was trained with; LlamaGen's for published weights, which do not say."""
+    record = record_of(pipeline.gpt.provenance.encoder, f"--gpt-ckpt {pipeline.models.gpt_ckpt}")
+    return TextEncoderOptions(**(recorded_options(record) if record else {"text_length": pipeline.gpt.config.caption_length}))
+
+
+def load_encoder(options: TextEncoderOptions, models: ModelOptions, pipeline: "Pipeline") -> CaptionEncoder:
     """The encoder that the GPT was trained with, on the pipeline's device; by the options where the GPT carries no record.
 
     Raises UserError where the options, the second stage's record or what --text-encoder-path holds differ from the record, or
@@ -114,11 +122,11 @@ def check_prompts(prompts: Sequence[Prompt], cleaning: str, option: str) -> list
 class PromptConditions:
     """The condition of every sample: features and mask of its prompt, `each` samples of one prompt after the other."""
 
-    def __init__(self, encoder: CaptionEncoder, prompts: list[Prompt], each: int, processes: Processes) -> None:
-        """The main process says which prompts will be cut."""
+    def __init__(self, encoder: CaptionEncoder, prompts: list[Prompt], each: int, tells: bool = True) -> None:
+        """tells: whether this process says which prompts will be cut."""
         self.encoder, self.prompts, self.each = encoder, prompts, each
         cleaned = encoder.clean([prompt.text for prompt in prompts])
-        if processes.is_main:
+        if tells:
             encoder.report_cut(cleaned, encoder.encoder.lengths(cleaned))
         else:
             logging.getLogger("text").setLevel(logging.ERROR)

@@ -23,10 +23,10 @@ from utils.classifier import load_classifier
 from utils.config import Positive, UserError
 from utils.crops import to_tensor
 from utils.distributed import Processes, all_reduce_sum
-from utils.files import check_exists
+from utils.hub import is_hub_name, published_file
 from utils.image_store import ImageStore
+from utils.logs import progress
 from utils.npz import open_array
-from utils.run import progress
 
 log = logging.getLogger("rejection")
 
@@ -77,7 +77,7 @@ def load_selector(options: RejectionOptions, num_classes: int, class_names: Clas
     num_classes, class_names: those of the GPT, names where it carries them.
     """
     name, path = options.classifier, Path(options.classifier)
-    if not (path.is_file() or path.suffix == ".safetensors" or (path / "classifier.safetensors").is_file()):
+    if not (is_hub_name(name) or path.suffix == ".safetensors" or path.is_file() or (path / "classifier.safetensors").is_file()):
         return Selector(name, *load_timm(name, options.classifier_weights, num_classes))
     if options.classifier_weights is not None:
         raise UserError(f"--classifier-weights {options.classifier_weights} is for a timm model but --classifier "
@@ -107,6 +107,7 @@ def load_timm(name: str, weights: Path | None, num_classes: int) -> tuple[nn.Mod
     if weights is not None:
         source = f"--classifier-weights {weights}"
         remedy = "does not fit --classifier " + name + " ({}): give the weights of that model."
+        weights = published_file(weights, "--classifier-weights", "a file with weights of the timm model")
         outputs = count_outputs(weights, described.classifier, described.num_classes)
         changes = {"file": str(weights), "num_classes": outputs}  # loaded as timm loads its own download
     require_classes(outputs, num_classes, source)
@@ -134,7 +135,6 @@ def count_outputs(weights: Path, head: str | tuple[str, ...] | None, default: in
     """Classes of a file with timm weights, from its layer `head` (the first of several), or `default` without one."""
     from timm.models import load_state_dict
 
-    check_exists(weights, "--classifier-weights", "a file with weights of the timm model")
     try:
         tensors = load_state_dict(str(weights))
     except Exception as error:  # whatever torch or safetensors raise for what is no weights file

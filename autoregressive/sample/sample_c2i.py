@@ -8,16 +8,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its path
 
 import numpy as np
-from tqdm import tqdm
 
 from autoregressive.models.ctf import FineOptions
 from autoregressive.models.generate import SamplingOptions
-from autoregressive.sample.pipeline import ModelOptions, Pipeline, carried_options, check_classes
+from autoregressive.sample.model_options import SHOWN, ModelOptions, carried_grid_options
+from autoregressive.sample.pipeline import Pipeline, check_classes
 from utils.config import Count, Positive, UserError, parse, run_main
 from utils.distributed import setup
 from utils.files import check_writable
+from utils.logs import followed, set_up_logging
 from utils.pictures import image_grid, save_picture
-from utils.run import set_up_logging
 
 log = logging.getLogger("sample_c2i")
 
@@ -29,8 +29,8 @@ class GridConfig:
     models: ModelOptions
     sampling: SamplingOptions
     fine: FineOptions
-    classes: tuple[Count, ...] = (207, 360, 387, 974, 88, 979, 417, 279)
-    """Class ids, a row each; the default is LlamaGen's eight ImageNet classes."""
+    classes: tuple[Count, ...] = SHOWN
+    """Class ids, a row each; left out: LlamaGen's eight of ImageNet where the GPT knows 1,000 classes, else the first eight."""
     per_class: Positive = 8
     """Images of each class."""
     batch_size: Positive = 64
@@ -43,7 +43,7 @@ class GridConfig:
 
 def main() -> None:
     """Parse options, draw, write the picture."""
-    config = parse(GridConfig, carried_options)
+    config = parse(GridConfig, carried_grid_options)
     processes = setup(config.models.device)
     set_up_logging(processes)
     check_writable(config.out.parent, "--out")
@@ -54,7 +54,7 @@ def main() -> None:
     labels = np.repeat(np.array(config.classes), config.per_class)
     images = [pipeline.sample(labels[first : first + config.batch_size],
                               np.arange(first, min(first + config.batch_size, len(labels))))
-              for first in tqdm(range(0, len(labels), config.batch_size), desc="sample", unit="batches")]
+              for first in followed(range(0, len(labels), config.batch_size), "sample", "batches", processes)]
     grid = image_grid(np.concatenate(images), config.per_class, rows=names, scale=max(1, 64 // pipeline.image_size))
     save_picture(grid, config.out)
     log.info("wrote %s", config.out)

@@ -19,7 +19,8 @@ import numpy as np
 from autoregressive.models.ctf import FineOptions
 from autoregressive.models.generate import SamplingOptions
 from autoregressive.sample.drawing import draw_npz, identity
-from autoregressive.sample.pipeline import ModelOptions, Pipeline, carried_options
+from autoregressive.sample.model_options import ModelOptions, carried_options
+from autoregressive.sample.pipeline import Pipeline
 from autoregressive.sample.rejection import (
     RejectionOptions,
     Selector,
@@ -31,11 +32,13 @@ from autoregressive.sample.rejection import (
 from utils.config import Count, Positive, parse, run_main
 from utils.distributed import Processes, setup
 from utils.image_store import already_finished, check_begun
+from utils.logs import set_up_logging
 from utils.npz import open_array
-from utils.pictures import image_grid, save_picture
-from utils.run import set_up_logging
+from utils.pictures import captioned_grid, save_picture
 
 log = logging.getLogger("sample_c2i_ddp")
+
+_SHOWN, _TILES = 100, 24  # most samples, and most classes, of the picture beside the npz
 
 
 @dataclass
@@ -93,6 +96,19 @@ def draw_and_select(pipeline: Pipeline, selector: Selector, labels: np.ndarray, 
     keep_best(selector, candidates, out, labels, about, config.rejection.classifier_batch_size, processes, pipeline.class_names)
 
 
+def overview(images: np.ndarray, labels: np.ndarray, pipeline: Pipeline) -> Any:
+    """A picture of samples of some classes, spread over all, as many of each and the class's name under them.
+
+    images: uint8 [N, S, S, 3]; labels: [N].
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    own = min(10, int(counts.min()))
+    shown = classes[np.linspace(0, len(classes) - 1, min(len(classes), _TILES, _SHOWN // own)).astype(int)]
+    rows = np.concatenate([np.flatnonzero(labels == each)[:own] for each in shown])
+    names = [pipeline.class_names[each] if pipeline.class_names else f"class {each}" for each in shown]
+    return captioned_grid(images[rows], names, max(1, 64 // pipeline.image_size))
+
+
 def write_samples(config: SampleConfig, pipeline: Pipeline, selector: Selector | None, processes: Processes) -> None:
     """Draw all samples and write the npz; a finished one is left as it is."""
     labels, ratio = make_labels(config, pipeline.num_classes), config.rejection.rejection_ratio
@@ -108,9 +124,7 @@ def write_samples(config: SampleConfig, pipeline: Pipeline, selector: Selector |
     else:
         draw_and_select(pipeline, selector, labels, about, config, processes)
     if processes.is_main:
-        first, columns = open_array(config.out, "arr_0")[:100], min(len(labels), 10)
-        rows = first[: columns * (len(first) // columns)]
-        save_picture(image_grid(rows, columns, scale=max(1, 64 // pipeline.image_size)), picture)
+        save_picture(overview(open_array(config.out, "arr_0"), labels, pipeline), picture)
         log.info("%s: %d samples of %d classes, %dx%d", config.out, len(labels), pipeline.num_classes, *shape[1:3])
 
 

@@ -8,17 +8,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its path
 
 import numpy as np
-from tqdm import tqdm
 
 from autoregressive.models.ctf import FineOptions
 from autoregressive.models.generate import SamplingOptions
-from autoregressive.sample.pipeline import ModelOptions, Pipeline
+from autoregressive.sample.model_options import ModelOptions
+from autoregressive.sample.pipeline import Pipeline
 from autoregressive.sample.prompts import PromptConditions, carried_text_options, check_prompts, load_encoder
 from utils.config import Positive, UserError, parse, run_main
 from utils.distributed import setup
 from utils.files import check_writable
+from utils.logs import followed, set_up_logging
 from utils.pictures import captioned_grid, save_picture
-from utils.run import set_up_logging
 from utils.text_encoders import TextEncoderOptions
 from utils.texts import Prompt, read_prompts
 
@@ -71,9 +71,9 @@ def main() -> None:
     if config.out.suffix.lower() != ".png":
         raise UserError(f"--out {config.out} must end in .png.")
     pipeline = Pipeline(config.models, config.sampling, config.fine, processes.device, condition="text")
-    given = PromptConditions(load_encoder(config.encoder, config.models, pipeline), prompts, config.per_prompt, processes)
+    given = PromptConditions(load_encoder(config.encoder, config.models, pipeline), prompts, config.per_prompt, processes.is_main)
     batches = [np.arange(first, min(first + config.batch_size, len(given))) for first in range(0, len(given), config.batch_size)]
-    images = [pipeline.sample(given(rows), rows) for rows in tqdm(batches, desc="sample", unit="batches")]
+    images = [pipeline.sample(given(rows), rows) for rows in followed(batches, "sample", "batches", processes)]
     grid = captioned_grid(np.concatenate(images), [prompt.text for prompt in prompts], max(1, 128 // pipeline.image_size))
     save_picture(grid, config.out)
     log.info("wrote %s", config.out)

@@ -19,14 +19,15 @@ from autoregressive.models.ctf import FineOptions
 from autoregressive.models.generate import SamplingOptions
 from autoregressive.sample.drawing import draw_npz, identity
 from autoregressive.sample.layouts import LAYOUTS, check_folder, write_folder
-from autoregressive.sample.pipeline import ModelOptions, Pipeline
+from autoregressive.sample.model_options import ModelOptions
+from autoregressive.sample.pipeline import Pipeline
 from autoregressive.sample.prompts import PromptConditions, carried_text_options, check_prompts, load_encoder
 from utils.config import Positive, choices, parse, run_main
 from utils.distributed import Processes, setup
 from utils.image_store import already_finished, check_name
+from utils.logs import set_up_logging
 from utils.npz import open_array
 from utils.pictures import captioned_grid, save_picture
-from utils.run import set_up_logging
 from utils.text_encoders import TextEncoderOptions
 from utils.texts import Prompt, Texts, read_prompts
 
@@ -97,7 +98,7 @@ def main() -> None:
     prompts = check_prompts(read_prompts(config.prompts), config.encoder.caption_cleaning, f"--prompts {config.prompts}")
     pipeline = Pipeline(config.models, config.sampling, config.fine, processes.device, condition="text")
     encoder = load_encoder(config.encoder, config.models, pipeline)
-    write_samples(config, pipeline, PromptConditions(encoder, prompts, config.per_prompt, processes), processes)
+    write_samples(config, pipeline, PromptConditions(encoder, prompts, config.per_prompt, processes.is_main), processes)
     processes.barrier()
     processes.close()
 

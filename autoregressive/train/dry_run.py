@@ -5,8 +5,9 @@ from typing import Any
 from autoregressive.models.conditions import CONDITIONS
 from autoregressive.models.transformer import GPTConfig
 from autoregressive.train.estimate import Footprint, fitted, kept_states, measure, memory, usable
-from autoregressive.train.options import TrainConfig, check_codes, gpt_config, known_codes, mapped_header, told
+from autoregressive.train.options import TrainConfig, check_codes, gpt_config, known_header, known_sizes, told
 from utils.batches import StepPlan, plan_steps
+from utils.code_shards import CodeHeader
 from utils.config import flatten, to_dict
 from utils.devices import memory_bytes, peak_flops
 from utils.distributed import Processes
@@ -16,11 +17,10 @@ IMAGENET = 1_281_167  # training images, where there are no codes yet
 UTILISATION = 0.4     # of a device's peak, assumed for the hours
 
 
-def count_images(config: TrainConfig, model: GPTConfig) -> int:
+def count_images(config: TrainConfig, model: GPTConfig, header: CodeHeader | None) -> int:
     """Images of the codes, once they are checked as training does; ImageNet's where there are no codes."""
-    if not all((folder / "header.json").exists() for folder in config.codes.code_path):
+    if header is None:
         return IMAGENET
-    header, _ = mapped_header(config.codes)
     check_codes(config, model, header)
     return header.images
 
@@ -52,8 +52,9 @@ def print_dry_run(config: TrainConfig, processes: Processes) -> None:
     # A named amount of memory means a GPU, also where this machine has none.
     bf16 = trains_in_bf16(config.optim.mixed_precision, processes.device) or (
         config.optim.mixed_precision == "auto" and config.devices.device_memory > 0)
-    model = gpt_config(config.gpt, *known_codes(config), told(config).fields)
-    images, footprint = count_images(config, model), measure(model, bf16)
+    header, code_map = known_header(config.codes)
+    model = gpt_config(config.gpt, known_sizes(config.gpt, header, code_map), code_map, told(config).fields)
+    images, footprint = count_images(config, model, header), measure(model, bf16)
     if device_bytes is not None:
         config = fitted(config, footprint, world_size, device_bytes, bf16)
     plan = plan_steps(config.batch, images, world_size)

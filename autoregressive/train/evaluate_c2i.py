@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from autoregressive.models.conditions import Given, each
 from autoregressive.models.gpt import GPT, GPTProvenance, load_gpt
@@ -27,10 +26,10 @@ from autoregressive.train.sources import Told, find_source
 from utils.class_names import require_same_names
 from utils.code_map import load_code_map
 from utils.code_shards import STREAMS, read_header
-from utils.config import Device, Positive, UserError, parse, run_main
+from utils.config import Device, Positive, UserError, command_line, parse, run_main
 from utils.distributed import Processes, all_reduce_sum, setup
 from utils.files import check_writable, write_json
-from utils.run import set_up_logging
+from utils.logs import followed, set_up_logging
 from utils.shards import require_fit
 from utils.text_encoders import encoder_facts
 from utils.text_shards import CaptionOptions
@@ -115,7 +114,7 @@ def evaluate(gpt: GPT, dataset: Any, batch_size: int, processes: Processes) -> d
     batch_size = min(batch_size, share)
     coarse_of = torch.tensor(gpt.provenance.coarse_of, device=processes.device) if gpt.provenance.coarse_of else None
     sums = torch.zeros(streams + 1, dtype=torch.float64, device=processes.device)   # nats, images
-    for first in tqdm(range(0, share, batch_size), desc="evaluate", unit="batches", disable=not processes.is_main, leave=False):
+    for first in followed(range(0, share, batch_size), "evaluate", "batches", processes):
         rows = np.arange(first, first + batch_size) * processes.world_size + processes.rank
         batch = dataset.__getitems__([(0, row) for row in rows.clip(max=len(dataset) - 1)])
         codes, given, *valid = (each(lambda part: part.to(processes.device), field) for field in batch)
@@ -145,7 +144,7 @@ def main() -> None:
         for name, value in figures.items():
             print(f"{name:18} {value:.4f}")
         if config.out is not None:
-            write_json(config.out, figures)
+            write_json(config.out, figures | {"command": command_line()})
     processes.close()
 
 

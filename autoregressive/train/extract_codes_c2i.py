@@ -28,8 +28,8 @@ from utils.distributed import Processes, setup
 from utils.files import check_writable
 from utils.image_dataset import ImageOptions, crop_loader
 from utils.images import ImageSource, open_images
+from utils.logs import progress, set_up_logging
 from utils.optim import uses_bf16
-from utils.run import progress, set_up_logging
 
 log = logging.getLogger("extract_codes")
 

@@ -22,8 +22,8 @@ from utils.distributed import Processes, agree, all_reduce_sum, setup
 from utils.files import check_writable
 from utils.image_source import ImageSource
 from utils.images import open_images
+from utils.logs import progress, set_up_logging
 from utils.optim import uses_bf16
-from utils.run import progress, set_up_logging
 from utils.text_encoders import CaptionEncoder, TextEncoderOptions, make_encoder
 from utils.text_shards import TextHeader, TextWriter, known_lengths
 from utils.texts import Texts
@@ -41,12 +41,13 @@ class ExtractTextConfig:
 
     encoder: TextEncoderOptions
     data_path: Path
-    """Folder with captions.jsonl, folder of WebDataset tar shards or one of them, or npz with `images` and `captions`."""
+    """Folder with captions.jsonl, folder of WebDataset tar shards or one of them, npz with `images` and `captions`, or table
+    with a column of captions (utils/README.md)."""
     text_path: Path
     """Folder to write; training looks for it as `text` in the folder of the codes."""
     caption_key: str = ""
-    """Which caption, where there are several: field of captions.jsonl (inner ones as text.short) or of a shard's .json, or array
-    of the npz; left out: `text`, the .txt, `captions`."""
+    """Which caption, where there are several: field of captions.jsonl (inner ones as text.short) or of a shard's .json, array of
+    the npz, or column of the table; left out: `text`, the .txt, `captions`, the column of a usual name."""
     short_captions: str = NONE
     """A second, short caption of each image: none; first-sentence, LlamaGen's; or the key of given ones, as in --caption-key."""
     batch_size: Count = 0

@@ -1,16 +1,17 @@
 """Options of GPT training: table 11's recipes, and the model that options and codes describe."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from autoregressive.models.conditions import CONDITIONS
 from autoregressive.models.gpt import GPT_models
-from autoregressive.models.guidance import ATTENTION_WEIGHT
+from autoregressive.models.guidance import ATTENTION_WEIGHT, LARGER
 from autoregressive.models.losses import ObjectiveOptions
 from autoregressive.models.paradigms import HEAD, PARADIGMS, WINDOW
 from autoregressive.models.transformer import GPTConfig
 from autoregressive.train.optimizers import OPTIMIZERS
+from autoregressive.train.preview import PreviewOptions
 from autoregressive.train.sources import Told, find_source
 from utils.batches import BatchOptions
 from utils.code_map import CodeMap, load_code_map
@@ -18,17 +19,19 @@ from utils.code_shards import CodeHeader, read_joint_header
 from utils.config import Count, Fraction, NonNegative, Positive, Probability, UserError, Values, choices, flag, require_multiple
 from utils.devices import Compile
 from utils.distributed import nodes
+from utils.hub import hub_path
 from utils.optim import OptimOptions, typed_schedule
 from utils.run import RunOptions
 from utils.shards import require_fit
-from utils.text_shards import CaptionOptions
+from utils.text_encoders import EncoderRecord
+from utils.text_shards import CaptionOptions, read_text_header
 
 
 @dataclass
 class CodeOptions:
     """Which codes to train on."""
 
-    code_path: tuple[Path, ...]
+    code_path: tuple[Annotated[Path, hub_path("--code-path")], ...]
     """Folders written by extract_codes_c2i.py for the same images (say, ten-crops of range 1.1 and 1.05): crops are drawn from
     all of them."""
     code_map: str = ""
@@ -40,7 +43,7 @@ class CodeOptions:
     keep_best: bool = False
     """Keep the model of the evaluation with the fewest bits per image in best/gpt.safetensors (early stopping)."""
     num_workers: Count = 4
-    """Loader processes for each training process."""
+    """Loader processes for each training process, at most one a CPU."""
 
 
 @dataclass
@@ -49,14 +52,14 @@ class GPTOptions:
 
     gpt_model: Annotated[str, choices(GPT_models)] = "GPT-B"
     """Size; with the grid and the codebooks it selects the recipe (none for GPT-tiny, GPT-small and other grids)."""
-    image_size: Positive = 256
-    """Side of the images in pixels; with --downsample-size it gives the grid."""
-    downsample_size: Positive = 16
-    """Pixels a grid cell covers along one axis."""
+    image_size: Count = 0
+    """Side of the images in pixels; with --downsample-size it gives the grid; 0: that of the codes (256 before there are any)."""
+    downsample_size: Count = 0
+    """Pixels a grid cell covers along one axis; 0: those of the codes (16)."""
     condition: Annotated[str, choices(CONDITIONS)] = "class"
     """What images are asked for by: their class, or a caption whose features --code-path holds."""
-    num_classes: Positive = 1000
-    """Classes of the data set; those of the codes."""
+    num_classes: Count = 0
+    """Classes of the data set; 0: those of the codes (1000)."""
     caption_rotary: Literal["identity", "zero"] = "identity"
     """Rotation of a caption's positions: none, or LlamaGen's zero rows, which give every word the same attention."""
     codebook_sizes: tuple[Positive, ...] = ()
@@ -122,6 +125,9 @@ class DeviceOptions:
     """Print model, steps, memory, time and the options that differ from --help's, and exit."""
 
 
+BATCH = 256  # images of a step, but for XXL at 24x24 cells and data sets of fewer images
+
+
 @dataclass
 class TrainConfig:
     """Defaults below are those of the recipe that the other words select, for example --gpt-model GPT-XXL --help.
@@ -135,7 +141,7 @@ class TrainConfig:
     captions: CaptionOptions
     objective: ObjectiveOptions
     parallel: ParallelOptions
-    batch: BatchOptions = field(default_factory=lambda: BatchOptions(epochs=300, global_batch_size=256))
+    batch: BatchOptions = field(default_factory=lambda: BatchOptions(epochs=300, global_batch_size=BATCH))
     optim: OptimOptions = field(default_factory=lambda: OptimOptions(weight_decay=0.05))
     optimizer: Annotated[str, choices(OPTIMIZERS)] = "adamw"
     """adamw, as in table 11, or muon (not of the paper; --recipe beyond): Muon for hidden matrices, AdamW for the rest."""
@@ -143,20 +149,31 @@ class TrainConfig:
     """Learning rates, λ_s and w of the guidance.  paper: table 11 and the paper's text; released: IAR2's trainers and sampler;
     beyond: the paper's with Muon, the best of the study's rows that are not the paper's (scripts/paper)."""
     init_from: str = ""
-    """gpt.safetensors or run folder whose weights start this run, of the same shape; the grid may differ."""
+    """gpt.safetensors or run folder whose weights start this run: all that fit; the log says what is drawn anew."""
+    init_strict: bool = False
+    """Refuse --init-from where any weight, class name or text encoder differs, instead of drawing that part anew."""
+    preview: PreviewOptions = field(default_factory=PreviewOptions)
     devices: DeviceOptions = field(default_factory=DeviceOptions)
 
 
+# LlamaGen's images, where there are no codes yet to say what they are of.
+IMAGENET = {"image_size": 256, "downsample_size": 16, "num_classes": 1000}
+
 # Options that must not change on resume.
 FIXED_OPTIONS = ("seed", "global_batch_size", "ema_decay", "lr_schedule", "weight_decay", "semantic_weight", "cluster_weight",
-                 "cluster_size", "optimizer")
+                 "cluster_size", "order_anneal", "optimizer", "init_strict")
+# What decides fields of the model, and facts of the codes, that are no options of the same name.
+MODEL_FLAGS = (dict.fromkeys(("dim", "n_layer", "n_head"), "--gpt-model") | {"grid_size": "--image-size and --downsample-size"}
+               | dict.fromkeys(("token_dropout", "resid_dropout", "ffn_dropout"), "--dropout")
+               | dict.fromkeys(("tokenizer", "images_checksum"), "--code-path") | {"coarse": "--code-map"}
+               | dict.fromkeys(("caption_length", "caption_dim", *(each.name for each in fields(EncoderRecord))), "--text-path"))
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Hyper-parameters of a training; an end of the learning rate means cosine decay to it."""
 
-    global_batch_size: int = 256
+    global_batch_size: int = BATCH
     lr: float = 1e-4
     lr_end: float = 0.0
     epochs: float = 300
@@ -198,16 +215,17 @@ def released(row: Recipe, size: str, sharded: bool) -> Recipe:
 
 
 def recipe(config: TrainConfig) -> dict[str, Any]:
-    """Defaults for the codebooks, size and grid that the command line names: a row of RECIPES, the run's folder."""
-    options = config.gpt
-    # The sizes beyond XXL have no row in table 11 and take XXL's.
-    size = "GPT-XXL" if options.gpt_model in ("GPT-3B", "GPT-XXXL") else options.gpt_model
-    codebook_sizes, code_map = known_codes(config)
+    """Defaults for the codes, size and grid that the command line names: their shape, a row of RECIPES, the run's folder."""
+    header, code_map = known_header(config.codes)
+    options = shaped(config.gpt, header)
+    size = "GPT-XXL" if options.gpt_model in LARGER else options.gpt_model  # which have no row in table 11
+    codebook_sizes = known_sizes(config.gpt, header, code_map)
     # Both stages of CTF read one codebook through a map and train as LlamaGen does, also on pairs of labels.
     codebooks = 1 if code_map and code_map.coarse else len(codebook_sizes)
     row = RECIPES.get((codebooks, size, options.image_size // options.downsample_size))
     kind = "" if options.condition == "class" else f"-{options.condition}"
     defaults: dict[str, Any] = {"run_dir": Path(f"runs/{options.gpt_model}-{options.image_size}{kind}")}
+    defaults |= {name: getattr(options, name) for name in IMAGENET if name != "num_classes" or options.condition == "class"}
     if row and codebooks == 2 and config.recipe == "released":
         row = released(row, size, config.parallel.sharded or size == "GPT-XXL")
     if row:
@@ -216,6 +234,10 @@ def recipe(config: TrainConfig) -> dict[str, Any]:
             defaults["data_parallel"] = "hsdp"
     if config.recipe == "beyond":
         defaults["optimizer"] = "muon"
+    if options.condition == "text" and not has_short_captions(config):
+        defaults["short_captions"] = 0.0
+    if header and header.images < defaults.get("global_batch_size", BATCH):  # two steps or more an epoch
+        defaults["global_batch_size"] = 2 ** max((header.images // 2).bit_length() - 1, 0)
     return defaults | typed_schedule(config.optim)
 
 
@@ -228,13 +250,25 @@ def mapped_header(options: CodeOptions) -> tuple[CodeHeader, CodeMap | None]:
     return code_map.header(header, f"--code-map {options.code_map}"), code_map
 
 
-def known_codes(config: TrainConfig) -> tuple[tuple[int, ...], CodeMap | None]:
-    """Codebook sizes as the GPT will see them, and the code map; IAR2's sizes where there are no codes (a dry run)."""
-    if all((folder / "header.json").exists() for folder in config.codes.code_path):
-        header, code_map = mapped_header(config.codes)
-        return config.gpt.codebook_sizes or tuple(header.codebook_sizes), code_map
-    code_map = load_code_map(config.codes.code_map) if config.codes.code_map else None
-    return config.gpt.codebook_sizes or (tuple(code_map.codebook_sizes) if code_map else (256, 4096)), code_map
+def known_header(options: CodeOptions) -> tuple[CodeHeader | None, CodeMap | None]:
+    """`mapped_header`; without a header where there are no codes (a dry run)."""
+    if all((folder / "header.json").exists() for folder in options.code_path):
+        return mapped_header(options)
+    return None, load_code_map(options.code_map) if options.code_map else None
+
+
+def known_sizes(options: GPTOptions, header: CodeHeader | None, code_map: CodeMap | None) -> tuple[int, ...]:
+    """Codebook sizes as the GPT will see them; IAR2's where nothing says them."""
+    known = header or code_map
+    return options.codebook_sizes or (tuple(known.codebook_sizes) if known else (256, 4096))
+
+
+def shaped(options: GPTOptions, header: CodeHeader | None = None) -> GPTOptions:
+    """The options with what is not typed of the shape: from the codes, or ImageNet's where there are none."""
+    shape: dict[str, Any] = IMAGENET if header is None else {
+        "image_size": header.image_size, "downsample_size": max(header.image_size // header.grid_size, 1),
+        "num_classes": header.num_classes}
+    return replace(options, **{name: getattr(options, name) or value for name, value in shape.items()})
 
 
 def told(config: TrainConfig) -> Told:
@@ -255,6 +289,14 @@ def told(config: TrainConfig) -> Told:
     if not all((folder / "header.json").exists() for folder in config.codes.code_path):
         return Told()
     return find_source(options.condition).tell(config.codes.code_path, "--code-path", config.captions)
+
+
+def has_short_captions(config: TrainConfig) -> bool:
+    """Whether the features of --code-path have short captions, or there are none yet, of which `told` says what is wrong."""
+    try:
+        return read_text_header(config.codes.code_path[0], config.captions.text_path).crops > 1
+    except UserError:
+        return True
 
 
 def choose_paradigm(options: GPTOptions, codebook_sizes: tuple[int, ...], code_map: CodeMap | None) -> str:
@@ -301,14 +343,16 @@ def gpt_config(options: GPTOptions, codebook_sizes: tuple[int, ...], code_map: C
 
     Raises UserError for values that fit none.
     """
+    options = shaped(options)
     require_multiple("--image-size", options.image_size, options.downsample_size, "--downsample-size")
     paradigm = choose_paradigm(options, codebook_sizes, code_map)
     check_order(options, paradigm)
     shape = GPT_models[options.gpt_model] | ({"head_layers": options.head_layers} if options.head_layers else {})
     require_multiple("--head-width", options.head_width, shape["dim"] // shape["n_head"], "the dimension of the trunk's heads")
     config = GPTConfig(
-        **shape, num_classes=options.num_classes, codebook_sizes=codebook_sizes, paradigm=paradigm,
-        context=options.context, grid_size=options.image_size // options.downsample_size, window_size=options.window_size,
+        **shape, codebook_sizes=codebook_sizes, paradigm=paradigm, context=options.context,
+        num_classes=options.num_classes if options.condition == "class" else GPTConfig.num_classes,
+        grid_size=options.image_size // options.downsample_size, window_size=options.window_size,
         token_dropout=options.dropout, resid_dropout=options.dropout, ffn_dropout=options.dropout,
         class_dropout=options.class_dropout, rotary=options.rotary, head_rotary=options.head_rotary, order=options.order,
         qk_norm=options.qk_norm, head_width=options.head_width, condition=options.condition,  # type: ignore[arg-type]

@@ -37,7 +37,7 @@ class Source(NamedTuple):
 def tell_captions(folders: Sequence[str | Path], option: str, captions: CaptionOptions) -> Told:
     """The shape of the captions beside codes, and the text encoder that read them; raises UserError where there are none."""
     header = read_text_header(folders[0], captions.text_path, option)
-    if header.crops == 1 and captions.short_captions not in (0, CaptionOptions.short_captions):
+    if header.crops == 1 and captions.short_captions:  # where nothing is typed the recipe says 0
         raise UserError(f"--short-captions {captions.short_captions} asks for short captions but the features ({header.source}) "
                         "have none: leave it out, or extract them with --short-captions.")
     return Told({"caption_length": header.text_length, "caption_dim": header.text_width}, header.record.text)

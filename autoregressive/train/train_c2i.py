@@ -29,19 +29,32 @@ from autoregressive.models.transformer import GPTConfig
 from autoregressive.train.dry_run import print_dry_run
 from autoregressive.train.estimate import fitted, measure
 from autoregressive.train.evaluate_c2i import evaluate, open_held_out
+from autoregressive.train.initial import start_from
 from autoregressive.train.optimizers import make_optimizer
-from autoregressive.train.options import FIXED_OPTIONS, TrainConfig, check_codes, gpt_config, mapped_header, recipe, told
+from autoregressive.train.options import (
+    FIXED_OPTIONS,
+    MODEL_FLAGS,
+    TrainConfig,
+    check_codes,
+    gpt_config,
+    mapped_header,
+    recipe,
+    told,
+)
+from autoregressive.train.preview import open_preview
 from autoregressive.train.sources import find_source
 from utils.batches import GlobalBatches, StepPlan, plan_steps
-from utils.checkpoint import RunRecord, export, load_weights, read_initial
+from utils.checkpoint import RunRecord, export
 from utils.code_map import CodeMap
 from utils.code_shards import CodeHeader
 from utils.config import UserError, parse, run_main, to_dict
-from utils.devices import compile_layers, compiles, memory_bytes, peak_flops
+from utils.devices import compile_layers, compiles, loader_processes, memory_bytes, peak_flops
 from utils.distributed import Processes, parallelize, setup, synchronize_gradients
 from utils.ema import EMA
+from utils.initial import Start
+from utils.logs import set_up_logging
 from utils.optim import clip_gradients, learning_rate, set_learning_rate, step_if_finite, trains_in_bf16
-from utils.run import Run, Work, set_up_logging
+from utils.run import Run, Work, first_line
 from utils.signals import ignore_in_worker
 from utils.text_encoders import encoder_facts
 from utils.train_state import TrainState
@@ -49,13 +62,11 @@ from utils.train_state import TrainState
 log = logging.getLogger("train_c2i")
 
 
-def set_up(config: TrainConfig, model_config: GPTConfig, initial: dict[str, Tensor],
-           processes: Processes) -> tuple[GPT, TrainState]:
+def set_up(config: TrainConfig, model_config: GPTConfig, start: Start, processes: Processes) -> tuple[GPT, TrainState]:
     """The GPT and its training state before the first step; every process draws, or takes, the same initial weights."""
     torch.manual_seed(config.run.seed)
     gpt = GPT(model_config)
-    if initial:
-        load_weights(gpt, initial, f"--init-from {config.init_from}")
+    start.load(gpt)
     gpt.activation_checkpointing = config.parallel.activation_checkpointing
     gpt.to(processes.device)
     if compiles(config.parallel.compile, processes.device):
@@ -80,6 +91,12 @@ def step_orders(config: TrainConfig, model: GPTConfig, plan: StepPlan, step: int
         return [None] * plan.accumulation
     share = random_share(step / plan.total_steps, config.gpt.order_anneal)
     return draw_orders(share, model.cells, plan, config.run.seed, step, processes)
+
+
+def scheduled(config: TrainConfig, plan: StepPlan, step: int) -> dict[str, float]:
+    """What else changes along a training: r, the probability of a random order, where the GPT knows other orders."""
+    share = random_share(step / plan.total_steps, config.gpt.order_anneal)
+    return {} if config.gpt.order == "raster" else {"random_order": share}
 
 
 def train_step(gpt: GPT, training: TrainState, loader: Iterator[tuple[Any, ...]], plan: StepPlan, config: TrainConfig,
@@ -114,6 +131,15 @@ def provenance(config: TrainConfig, model: GPTConfig, header: CodeHeader, code_m
     if code_map and code_map.coarse:
         about.coarse, about.coarse_of = code_map.coarse, tuple(code_map.table[:, 0].tolist())
     return about
+
+
+def run_record(config: TrainConfig, model: GPTConfig, about: GPTProvenance, header: CodeHeader, start: Start) -> RunRecord:
+    """What a checkpoint says of the run, and what must be the same on resume."""
+    data = start.facts | {"tokenizer": header.tokenizer, "images_checksum": header.images_checksum}
+    data |= encoder_facts(about.encoder)  # checkpoints from before they were recorded are taken for these
+    return RunRecord("gpt", model=to_dict(model) | data | {"coarse": about.coarse},
+                     defaults=to_dict(GPTConfig()) | data | {"coarse": ""}, options=to_dict(config), fixed=FIXED_OPTIONS,
+                     export=to_dict(about) | {"model": to_dict(model)}, flags=MODEL_FLAGS)
 
 
 @dataclass
@@ -166,6 +192,13 @@ def plan_work(config: TrainConfig, model: GPTConfig, processes: Processes) -> tu
                         peak and peak * processes.world_size)
 
 
+def announce(config: TrainConfig, gpt: GPT, images: int, plan: StepPlan, processes: Processes) -> None:
+    """Log what is trained, on what, for how long and where."""
+    of = "captions" if gpt.config.condition == "text" else f"{gpt.config.num_classes} classes"
+    parameters = sum(p.numel() for p in gpt.parameters())
+    log.info(first_line(config.gpt.gpt_model, images, of, parameters, plan, processes, config.parallel.data_parallel))
+
+
 def train(config: TrainConfig, processes: Processes) -> None:
     """Train to the end, resuming where an earlier run of the same folder stopped."""
     header, code_map = mapped_header(config.codes)
@@ -178,34 +211,32 @@ def train(config: TrainConfig, processes: Processes) -> None:
                              **source.chosen(config.captions))
     plan = plan_steps(config.batch, len(dataset), processes.world_size)
     about = provenance(config, model_config, header, code_map, condition.encoder)
-    coarse = {"coarse": code_map.coarse if code_map else ""}
-    initial, begun_from = read_initial(config.init_from, "gpt")
-    data = begun_from | {"tokenizer": header.tokenizer, "images_checksum": header.images_checksum}
-    captions = encoder_facts(condition.encoder)  # checkpoints from before they were recorded are taken for these
+    start = start_from(config.init_from, config.init_strict, model_config, about)
     held_out = open_validation(config, model_config, about, plan)
-    record = RunRecord("gpt", model=to_dict(model_config) | data | coarse | captions,
-                       defaults=to_dict(GPTConfig()) | data | {"coarse": ""} | captions, options=to_dict(config),
-                       fixed=FIXED_OPTIONS, export=to_dict(about) | {"model": to_dict(model_config)})
-    run = Run(config.run, record, processes, plan.total_steps, work)
-    gpt, training = set_up(config, model_config, initial, processes)
-    log.info("%s: %.1fM parameters, %d steps of %d images, %s on %d processes", config.gpt.gpt_model,
-             sum(p.numel() for p in gpt.parameters()) / 1e6, plan.total_steps, plan.global_batch,
-             config.parallel.data_parallel, processes.world_size)
+    preview = open_preview(config.preview, model_config, about, dataset, config.run.seed, processes)
+    run = Run(config.run, run_record(config, model_config, about, header, start), processes, plan.total_steps, work)
+    gpt, training = set_up(config, model_config, start, processes)
+    announce(config, gpt, len(dataset), plan, processes)
     first_step = run.resume(training)
+    if first_step == 0 and start.text:
+        log.info(start.text)
     if held_out:
         held_out.fewest_bits = min(run.evaluations("bits_per_image"), default=math.inf)
     batches = GlobalBatches(len(dataset), plan, processes.rank, config.run.seed, first_step)
     # The data set makes whole batches: there is nothing to collate.
-    loader = iter(DataLoader(dataset, batch_sampler=batches, collate_fn=tuple, num_workers=config.codes.num_workers,
+    workers = loader_processes(config.codes.num_workers)
+    loader = iter(DataLoader(dataset, batch_sampler=batches, collate_fn=tuple, num_workers=workers,
                              pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_in_worker))
     training.model.train()
     for step in run.steps():
         lr = learning_rate(config.optim, step, plan.total_steps)
         set_learning_rate(lr, training.optimizer)
         train_step(gpt, training, loader, plan, config, run, step)
-        run.after_step(step, plan.global_batch, lr=lr)
+        run.after_step(step, plan.global_batch, lr=lr, **scheduled(config, plan, step))
         if held_out and run.due(config.codes.eval_every, step):
             evaluate_held_out(gpt, training, held_out, config, run, step)
+        if preview and run.due(config.preview.sample_every, step):
+            preview.draw(training, run, step)
         if snapshot := run.snapshot(step, plan.steps_per_epoch):  # before the checkpoint: what follows one is not made again
             export_gpt(training, run, step + 1, snapshot)
         if run.checkpoint_due(step):

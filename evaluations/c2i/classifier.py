@@ -25,7 +25,7 @@ from utils.distributed import Processes, setup
 from utils.files import check_writable
 from utils.image_dataset import CropDataset, collate_crops
 from utils.images import ImageSource, open_images
-from utils.run import progress, set_up_logging
+from utils.logs import progress, set_up_logging
 
 log = logging.getLogger("classifier")
 
@@ -80,9 +80,9 @@ def train(config: ClassifierTrainConfig, processes: Processes) -> SmallClassifie
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.05)
     steps = config.epochs * max(len(images) // config.batch_size, 1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps)
-    bar = progress(steps, "classifier", "it", processes)
+    bar = progress(steps, "classifier", "steps", processes)
     for _ in range(config.epochs):
-        order = np.random.default_rng([config.seed, bar.n]).permutation(len(images))
+        order = np.random.default_rng([config.seed, schedule.last_epoch]).permutation(len(images))
         for first in range(0, max(len(order) - config.batch_size + 1, 1), config.batch_size):
             rows = order[first : first + config.batch_size]
             batch = augment(to_tensor(torch.from_numpy(images[rows])).to(processes.device))
@@ -92,7 +92,6 @@ def train(config: ClassifierTrainConfig, processes: Processes) -> SmallClassifie
             optimizer.step()
             schedule.step()
             bar.update()
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     bar.close()
     return model.eval()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluations.c2i.inception import POOL_FEATURES, SPATIAL_FEATURES
+from evaluations.c2i.extractors import EXTRACTORS, stored_statistics
 from evaluations.c2i.metrics import NEAREST_K
 from utils.class_names import ClassNames
 from utils.config import UserError
@@ -17,8 +17,6 @@ from utils.image_source import MAX_PIXELS
 from utils.npz import NPZ_ERRORS, array_header, array_keys, open_array, read_small
 from utils.untrusted import printable, shortened
 
-STATISTICS = {"mu": (POOL_FEATURES,), "sigma": (POOL_FEATURES, POOL_FEATURES), "mu_s": (SPATIAL_FEATURES,),
-              "sigma_s": (SPATIAL_FEATURES, SPATIAL_FEATURES)}
 SAVE_AS_ADM = "save images as np.savez(path, images) with uint8 images of shape (N, H, W, 3)"
 
 
@@ -46,12 +44,12 @@ class EvaluationFile:
                             "again.") from error
         if "arr_0" in self.keys:
             self._check_images()
-        elif name != "REF" or not self.has_statistics:
+        elif name != "REF" or not stored_statistics().keys() & set(self.keys):
             raise UserError(f"{self.where} has no arr_0, only {printable(', '.join(self.keys)) or 'nothing'}: {SAVE_AS_ADM}.")
 
     @property
     def has_statistics(self) -> bool:
-        """True if the file stores a mean and a covariance that stand for its images in FID."""
+        """True if the file stores a mean and a covariance of Inception features that stand for its images in FID."""
         return "mu" in self.keys
 
     @property
@@ -60,7 +58,7 @@ class EvaluationFile:
         return self.shape[0] if self.shape else 0
 
     def statistic(self, key: str) -> np.ndarray | None:
-        """The stored mu, sigma, mu_s or sigma_s, or None."""
+        """A stored mean or covariance, such as mu or sigma, or None."""
         return np.array(open_array(self.path, key)) if key in self.keys else None
 
     def labels(self) -> np.ndarray | None:
@@ -135,14 +133,17 @@ class EvaluationFile:
                             "to 0 to 255 or save them as uint8.")
 
     def _check_statistics(self) -> None:
-        for key, partner in (("mu", "sigma"), ("sigma", "mu"), ("mu_s", "sigma_s"), ("sigma_s", "mu_s")):
+        pairs = [output.statistics for extractor in EXTRACTORS.values() for output in extractor.outputs if output.statistics]
+        for key, partner in (each for mean, covariance in pairs for each in ((mean, covariance), (covariance, mean))):
             if key in self.keys and partner not in self.keys:
                 raise UserError(f"{self.where} has {key} but not {partner}: store both or neither.")
-        for key in (key for key in STATISTICS if key in self.keys):
+        for key, (wanted, source) in stored_statistics().items():
+            if key not in self.keys:
+                continue
             shape, dtype = array_header(self.path, key)
-            if shape != STATISTICS[key] or dtype.kind != "f":
-                raise UserError(f"{self.where} has {key} of type {dtype} and shape {shape}, not float "
-                                f"{STATISTICS[key]}: take statistics of ADM's Inception features.")
+            if shape != wanted or dtype.kind != "f":
+                raise UserError(f"{self.where} has {key} of type {dtype} and shape {shape}, not float {wanted}: take statistics "
+                                f"of {source}.")
             values = open_array(self.path, key)
             if not np.isfinite(values).all():
                 raise UserError(f"{self.where} has {key} with infinite or missing values: compute the statistics again.")

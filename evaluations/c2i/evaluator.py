@@ -1,15 +1,16 @@
-"""Evaluate a sample npz against a reference npz: FID, sFID, inception score, precision and recall, as ADM does.
+"""Evaluate a sample npz against a reference npz: FID, sFID, inception score, precision and recall, as ADM does; or FD-DINOv2.
 
-    python evaluations/c2i/evaluator.py REF.npz SAMPLE.npz
+    python evaluations/c2i/evaluator.py REF.npz SAMPLE.npz [--features inception dinov2]
 
-Both files hold `arr_0`, images [N, H, W, 3] from 0 to 255; statistics stored in a file (`mu`, `sigma`, `mu_s`,
-`sigma_s`) replace those of its images for FID and sFID.  Definitions: Dhariwal and Nichol 2021 (arXiv 2105.05233); what
-differs in the last digits is in the README beside this file.  Features are kept beside each npz and used again while
-neither the npz nor the weights change.
+Both files hold `arr_0`, images [N, H, W, 3] from 0 to 255; statistics stored in a file (`mu`, `sigma`, `mu_s`, `sigma_s`,
+`mu_dinov2`, `sigma_dinov2`) replace those of its images for FID, sFID and FD-DINOv2.  Definitions: Dhariwal and Nichol 2021
+(arXiv 2105.05233), Stein et al. 2023 (arXiv 2306.04675); what differs in the last digits is in the README beside this file.
+Features are kept beside each npz and used again while neither the npz nor the weights change.
 """
 
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,18 +21,20 @@ import numpy as np
 import tyro
 
 from evaluations.c2i.evaluation_file import EvaluationFile
-from evaluations.c2i.features import FeatureSource
+from evaluations.c2i.features import FeatureOptions, FeatureSource, open_sources
 from evaluations.c2i.metrics import SPLIT_SIZE, frechet_distance, precision_recall
 from utils.class_names import different_names
-from utils.config import Device, Positive, parse, run_main, to_dict
+from utils.config import Device, Positive, command_line, flatten, parse, run_main, to_dict
 from utils.distributed import choose_device
 from utils.files import check_file_to_write, write_json
+from utils.logs import StandardError
 
 log = logging.getLogger("evaluator")
 
 FULL_COUNT = 50_000  # images that published numbers are computed from
 VIRTUAL_COUNT = 10_000  # images in ADM's VIRTUAL_imagenet batches, beside statistics of the whole training set
-METRICS = {"fid": "FID", "sfid": "sFID", "inception_score": "Inception score", "precision": "Precision", "recall": "Recall"}
+METRICS = {"fid": "FID", "sfid": "sFID", "inception_score": "Inception score", "precision": "Precision", "recall": "Recall",
+           "fd_dinov2": "FD-DINOv2", "precision_dinov2": "Precision (DINOv2)", "recall_dinov2": "Recall (DINOv2)"}
 
 Purpose = Literal["auto", "generation", "reconstruction"]
 
@@ -44,8 +47,7 @@ class EvaluatorConfig:
     """Reference npz: ADM's batch for generation, the validation images for reconstruction."""
     sample: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SAMPLE.npz")]]
     """npz of generated or reconstructed images."""
-    inception_weights: Path | None = None
-    """torch-fidelity's Inception weights; None downloads them into torch's cache."""
+    networks: FeatureOptions
     json: Path | None = None
     """Write the result to this file too."""
     batch_size: Positive = 64
@@ -54,8 +56,6 @@ class EvaluatorConfig:
     """auto takes CUDA where present."""
     purpose: Purpose = "auto"
     """What the samples are; decides which reference is right. auto reads it from the sample npz."""
-    cache: bool = True
-    """Keep the features of each npz in a file beside it, for later evaluations."""
 
 
 def resolve_purpose(purpose: Purpose, sample: EvaluationFile) -> str:
@@ -63,9 +63,13 @@ def resolve_purpose(purpose: Purpose, sample: EvaluationFile) -> str:
     return purpose if purpose != "auto" else "reconstruction" if sample.kind == "reconstruction" else "generation"
 
 
-def find_pitfalls(reference: EvaluationFile, sample: EvaluationFile, purpose: str) -> list[str]:
+def find_pitfalls(reference: EvaluationFile, sample: EvaluationFile, purpose: str,
+                  features: Sequence[str] = ("inception",)) -> list[str]:
     """Sentences on what makes these numbers incomparable with published ones; empty when nothing does."""
     found = []
+    if "dinov2" in features and reference.has_statistics and "mu_dinov2" not in reference.keys:
+        found.append(f"{reference.where} stores statistics of Inception features alone: FD-DINOv2 is measured against its "
+                     f"{reference.count} images, and does not compare with values against a whole training set.")
     if sample.count < FULL_COUNT:
         found.append(f"{sample.where} has {sample.count} images: FID of fewer than {FULL_COUNT} images is biased "
                      "upwards and does not compare with published numbers.")
@@ -104,55 +108,64 @@ def find_pitfalls(reference: EvaluationFile, sample: EvaluationFile, purpose: st
     return found
 
 
-def compare(reference: EvaluationFile, sample: EvaluationFile, source: FeatureSource) -> dict[str, float | None]:
-    """The five metrics of `sample` against `reference`; None where the reference does not hold what one needs."""
-    of_reference = source.get(reference) if reference.count else None
+def compare(reference: EvaluationFile, sample: EvaluationFile, source: FeatureSource,
+            neighbours: bool = True) -> dict[str, float | None]:
+    """The metrics of `sample` against `reference` in one space; None where the reference does not hold what one needs.
+
+    neighbours: False leaves out precision and recall, whose time grows with the square of the number of images.
+    """
+    of_reference = source.get(reference) if reference.count else {}
     of_sample = source.get(sample)
-
-    def distance(mean: str, covariance: str) -> float | None:
-        sides = [file.statistic(key) if key in file.keys else getattr(features, key, None)
-                 for file, features in ((reference, of_reference), (sample, of_sample)) for key in (mean, covariance)]
-        given = [side for side in sides if side is not None]
-        return frechet_distance(*given) if len(given) == len(sides) else None
-
-    precision, recall = None, None
-    if of_reference is not None:
-        precision, recall = precision_recall(of_reference.pool3, of_sample.pool3, device=source.device)
-    return {"fid": distance("mu", "sigma"), "sfid": distance("mu_s", "sigma_s"),
-            "inception_score": float(of_sample.inception_score), "precision": precision, "recall": recall}
+    found: dict[str, float | None] = {}
+    for output in source.extractor.outputs:
+        if output.distance:
+            sides = [file.statistic(key) if key in file.keys else features.get(key)
+                     for file, features in ((reference, of_reference), (sample, of_sample)) for key in output.statistics]
+            given = [side for side in sides if side is not None]
+            found[output.distance] = frechet_distance(*given) if len(given) == len(sides) else None
+        if neighbours and output.neighbours:
+            found |= dict.fromkeys(output.neighbours)
+            if of_reference:
+                rows = of_reference[output.name], of_sample[output.name]
+                found |= zip(output.neighbours, precision_recall(*rows, device=source.device, half=output.half))
+        if output.score:
+            found[output.score] = float(of_sample[output.score])
+    return {name: found[name] for name in METRICS if name in found}
 
 
 def print_result(metrics: dict[str, float | None]) -> None:
     """Print the metrics as an aligned table, n/a for a missing one."""
-    width = max(map(len, METRICS.values()))
-    for key, title in METRICS.items():
-        value = metrics[key]
-        print(f"{title:<{width}}  {'n/a' if value is None else format(value, '.4f'):>10}")
+    width = max(len(METRICS[key]) for key in metrics)
+    for key, value in metrics.items():
+        print(f"{METRICS[key]:<{width}}  {'n/a' if value is None else format(value, '.4f'):>10}")
 
 
 def main(args: list[str] | None = None) -> None:
     """Evaluate as the command line says; args: arguments instead of the command line's."""
     config = parse(EvaluatorConfig, args=args)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", handlers=[StandardError()])
     device = choose_device(config.device)
     if config.json is not None:
         check_file_to_write(config.json, "--json")
     reference, sample = EvaluationFile(config.reference, "REF"), EvaluationFile(config.sample, "SAMPLE")
     purpose = resolve_purpose(config.purpose, sample)
-    warnings = find_pitfalls(reference, sample, purpose)
+    warnings = find_pitfalls(reference, sample, purpose, config.networks.features)
     if not reference.count:
         warnings.append(f"{reference.where} holds statistics without images: precision and recall need images.")
     for warning in warnings:
         log.warning(warning)
-    source = FeatureSource(config.inception_weights, device, config.batch_size, config.cache)
-    metrics = compare(reference, sample, source)
+    metrics: dict[str, float | None] = {}
+    sources = open_sources(config.networks, device, config.batch_size)
+    for source in sources:
+        metrics |= compare(reference, sample, source)
     print_result(metrics)
     if config.json is not None:
         counts = {"reference": reference.count, "sample": sample.count}
-        settings = {**to_dict(config), "purpose": purpose, "device": str(device),
-                    "inception_weights_sha256": source.weights_digest,
+        settings = {**flatten(to_dict(config)), "purpose": purpose, "device": str(device),
+                    **{f"{source.name}_weights_sha256": source.weights_digest for source in sources},
                     "stored_statistics": {"reference": reference.has_statistics, "sample": sample.has_statistics}}
-        write_json(config.json, {**metrics, "counts": counts, "settings": settings, "warnings": warnings})
+        write_json(config.json, {**metrics, "counts": counts, "settings": settings, "warnings": warnings,
+                                 "command": command_line(args)})
 
 
 if __name__ == "__main__":

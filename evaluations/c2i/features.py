@@ -1,4 +1,4 @@
-"""Inception features of an npz: computed by the network, and kept beside the npz for the next evaluation."""
+"""Features of an npz in the spaces of `EXTRACTORS`: computed by the network, and kept beside the npz for the next evaluation."""
 
 import logging
 import re
@@ -7,47 +7,38 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import numpy as np
 import torch
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
-from evaluations.c2i import evaluation_file
 from evaluations.c2i.evaluation_file import EvaluationFile
-from evaluations.c2i.inception import (
-    CLASSES,
-    POOL_FEATURES,
-    Inception,
-    load_inception,
-    weights_file,
-)
+from evaluations.c2i.extractors import EXTRACTORS, Extractor, Network
 from evaluations.c2i.metrics import Moments, inception_score
+from utils.config import UserError, choices, flag
 from utils.files import replacing
+from utils.logs import progress
 from utils.npz import NPZ_ERRORS, read_small
 from utils.untrusted import shortened
 
 log = logging.getLogger("evaluator")
 
 T = TypeVar("T")
+Features = dict[str, np.ndarray]  # what the metrics need of one set of images, by the names of `Extractor.shapes`
 
 
 @dataclass(frozen=True)
-class Features:
-    """What the metrics need of one set of images; stored as the feature cache."""
+class FeatureOptions:
+    """Which features of images are compared, and whose weights compute them."""
 
-    pool3: np.ndarray  # float32 [N, 2048]
-    mu: np.ndarray  # float64 [2048]
-    sigma: np.ndarray  # float64 [2048, 2048]
-    mu_s: np.ndarray  # float64 [2023]
-    sigma_s: np.ndarray  # float64 [2023, 2023]
-    inception_score: np.ndarray  # float64 []
-
-
-def _shapes(count: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the fields of `Features` for a number of images."""
-    return {"pool3": (count, POOL_FEATURES), **evaluation_file.STATISTICS, "inception_score": ()}
+    features: tuple[Annotated[str, choices(EXTRACTORS)], ...] = ("inception",)
+    """inception: ADM's five numbers; dinov2: FD-DINOv2, precision and recall; or both."""
+    inception_weights: Path | None = None
+    """torch-fidelity's Inception weights; None downloads them into torch's cache."""
+    dinov2_weights: Path | None = None
+    """DINOv2's ViT-L/14, dinov2_vitl14_pretrain.pth; None downloads it (1.2 GB) into torch's cache."""
+    cache: bool = True
+    """Keep the features of each npz in a file beside it, for later evaluations."""
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:
@@ -64,35 +55,45 @@ def ahead(items: Iterable[T]) -> Iterator[T]:
             yield from fetched
 
 
-def compute_features(file: EvaluationFile, network: Inception, device: torch.device, batch_size: int) -> Features:
-    """Run every image of `file` through the network, with a progress bar on standard error."""
-    pool3 = np.empty((file.count, POOL_FEATURES), np.float32)
-    probs = np.empty((file.count, CLASSES), np.float32)
-    pool_moments, spatial_moments, done = Moments(), Moments(), 0
-    with logging_redirect_tqdm(), tqdm(total=file.count, desc=file.path.name, unit="image") as bar:
-        for batch in ahead(file.batches(batch_size)):
-            images = torch.from_numpy(batch.astype(np.uint8 if batch.dtype == np.uint8 else np.float32))
-            pool, spatial, prob = network(images.to(device).permute(0, 3, 1, 2))
-            pool_moments.update(pool)
-            spatial_moments.update(spatial)
-            rows = slice(done, done + len(batch))
-            pool3[rows], probs[rows] = pool.cpu().numpy(), prob.cpu().numpy()
+def compute_features(file: EvaluationFile, extractor: Extractor, network: Network, device: torch.device,
+                     batch_size: int) -> Features:
+    """Run every image of `file` through the network, and show the progress on standard error."""
+    outputs, done = extractor.outputs, 0
+    rows = {output.name: np.empty((file.count, output.width), np.float32)
+            for output in outputs if output.neighbours or output.score}
+    moments = {output.name: Moments() for output in outputs if output.statistics}
+    with progress(file.count, file.path.name, "images") as bar:
+        for batch in ahead(map(extractor.prepare, file.batches(batch_size))):
+            for output, values in zip(outputs, network(batch.to(device)), strict=True):  # [n, width]
+                if output.name in moments:
+                    moments[output.name].update(values)
+                if output.name in rows:
+                    rows[output.name][done : done + len(batch)] = values.cpu().numpy()
             done += len(batch)
             bar.update(len(batch))
-    return Features(pool3, *pool_moments.finish(), *spatial_moments.finish(), np.array(inception_score(probs)))
+    found: Features = {}
+    for output in outputs:
+        if output.neighbours:
+            found[output.name] = rows[output.name]
+        if output.statistics:
+            found |= zip(output.statistics, moments[output.name].finish())
+        if output.score:
+            found[output.score] = np.array(inception_score(rows[output.name]))
+    return found
 
 
 class FeatureSource:
-    """Features of files, from the cache beside them or from the network.
+    """Features of files in one space, from the cache beside them or from the network.
 
     The cache's name holds a hash of the images and of the weights: features of other images or weights are never used.
-    weights: torch-fidelity's Inception weights, None downloads them; batch_size: images that pass the network at once;
+    name: of `EXTRACTORS`; weights: the network's, None downloads them; batch_size: images that pass the network at once;
     cache: read and write features beside each npz.
     """
 
-    def __init__(self, weights: Path | None, device: torch.device, batch_size: int = 64, cache: bool = True) -> None:
+    def __init__(self, name: str, weights: Path | None, device: torch.device, batch_size: int = 64, cache: bool = True) -> None:
+        self.name, self.extractor = name, EXTRACTORS[name]
         self.device, self.batch_size, self.cache = device, batch_size, cache
-        self.network, self.weights_digest = load_inception(weights_file(weights), device)
+        self.network, self.weights_digest = self.extractor.load(weights, device)
 
     def cache_path(self, file: EvaluationFile) -> Path:
         """Where the features of `file` are kept."""
@@ -103,7 +104,7 @@ class FeatureSource:
         if self.cache and (features := self._read(file)) is not None:
             log.info("features of %s taken from %s", file.where, self.cache_path(file).name)
             return features
-        features = compute_features(file, self.network, self.device, self.batch_size)
+        features = compute_features(file, self.extractor, self.network, self.device, self.batch_size)
         if self.cache:
             self._write(file, features)
         return features
@@ -113,10 +114,10 @@ class FeatureSource:
         if not path.exists():
             return None
         try:
-            found = {key: read_small(path, key, shape, "f") for key, shape in _shapes(file.count).items()}
+            found = {key: read_small(path, key, shape, "f") for key, shape in self.extractor.shapes(file.count).items()}
             if damaged := [key for key, values in found.items() if not np.isfinite(values).all()]:
                 raise ValueError(f"{damaged[0]} has infinite or missing values")
-            return Features(**found)
+            return found
         except (*NPZ_ERRORS, KeyError) as error:
             log.warning("%s cannot be read (%s): the features are computed again.", path, shortened(error))
             return None
@@ -124,7 +125,7 @@ class FeatureSource:
     def _write(self, file: EvaluationFile, features: Features) -> None:
         try:
             with replacing(self.cache_path(file)) as aside, aside.open("wb") as stream:
-                np.savez(stream, **vars(features))
+                np.savez(stream, **features)  # type: ignore[arg-type]
             self._remove_outdated(file)
         except OSError as error:
             log.warning("features of %s could not be kept beside it (%s): the next run computes them again.",
@@ -137,3 +138,13 @@ class FeatureSource:
         for other in file.path.parent.iterdir():
             if pattern.fullmatch(other.name):
                 other.unlink()
+
+
+def open_sources(options: FeatureOptions, device: torch.device, batch_size: int = 64) -> list[FeatureSource]:
+    """A source for each of --features, with its network loaded; raises UserError for weights of another."""
+    weights = {"inception": options.inception_weights, "dinov2": options.dinov2_weights}
+    for name, path in weights.items():
+        if path is not None and name not in options.features:
+            raise UserError(f"{flag(name + '_weights')} {path} is given but --features is {' '.join(options.features)}: add "
+                            f"{name} to --features, or leave the weights out.")
+    return [FeatureSource(name, weights[name], device, batch_size, options.cache) for name in dict.fromkeys(options.features)]

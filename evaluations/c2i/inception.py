@@ -5,10 +5,10 @@ spatial features, which torch-fidelity's own extractor does not give, come out o
 unpickling objects.  Source of the features: ADM (arXiv 2105.05233); spatial ones (sFID): Nash et al. 2021 (arXiv 2103.03841).
 """
 
-import hashlib
 from pathlib import Path
 from urllib.parse import urlparse
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,14 +24,16 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 )
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-from utils.config import UserError
-from utils.files import check_exists
+from evaluations.c2i.weights import Weights
 
 INPUT_SIZE = 299
 POOL_FEATURES = 2048
 SPATIAL_CHANNELS = 7  # of Mixed_6d.branch1x1
 SPATIAL_FEATURES = 17 * 17 * SPATIAL_CHANNELS
 CLASSES = 1008
+WEIGHTS = Weights("--inception-weights", URL_INCEPTION_V3, "torch-fidelity's Inception weights", "the InceptionV3 of FID",
+                  # The file name ends in the first digits of its SHA-256.
+                  digest=Path(urlparse(URL_INCEPTION_V3).path).stem.rsplit("-", 1)[1])
 
 
 class Inception(nn.Module):
@@ -86,39 +88,22 @@ class Inception(nn.Module):
         return pool3, spatial, F.linear(pool3, self.fc.weight).softmax(1)
 
 
-def weights_file(path: Path | None) -> Path:
-    """`path`, or torch-fidelity's file in torch's cache, downloaded if missing; raises UserError where there is no file."""
-    if path is not None:
-        found = check_exists(path, "--inception-weights", "torch-fidelity's Inception weights (.pth)")
-        if found.is_dir():
-            raise UserError(f"--inception-weights {path} is a folder: give the path of the weights file (.pth) in it.")
-        return found
-    name = Path(urlparse(URL_INCEPTION_V3).path).name
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if not cached.exists():
-        digest = name.removesuffix(".pth").rsplit("-", 1)[1]  # the file name ends in the first digits of its SHA-256
-        try:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(cached), hash_prefix=digest)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"the Inception weights could not be downloaded ({error}): fetch {URL_INCEPTION_V3} on a "
-                            "machine with a connection and name the file with --inception-weights.") from error
-    return cached
+def prepare(images: np.ndarray) -> Tensor:
+    """Images as the network takes them: uint8 or float [n, H, W, 3] from 0 to 255 -> uint8 or float32 [n, 3, H, W]."""
+    copied = images.astype(np.uint8 if images.dtype == np.uint8 else np.float32)  # what was read from a file cannot be written to
+    return torch.from_numpy(copied).permute(0, 3, 1, 2)
 
 
-def load_inception(path: Path, device: torch.device) -> tuple[Inception, str]:
-    """The network with the weights in `path`, and the file's SHA-256; raises UserError if they are not torch-fidelity's."""
-    remedy = "give torch-fidelity's weights-inception-2015-12-05 file or leave the option out to download it."
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises half a dozen types for files it cannot read
-        raise UserError(f"--inception-weights {path} is not a readable torch file ({type(error).__name__}): {remedy}") from error
+def load_inception(path: Path | None, device: torch.device) -> tuple[Inception, str]:
+    """The network with the weights in `path` (None: the download), and their file's SHA-256.
+
+    Raises UserError if they are not torch-fidelity's.
+    """
+    file = WEIGHTS.file(path)
+    tensors, digest = WEIGHTS.read(file)
     network = Inception()
     try:
-        network.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"--inception-weights {path} does not hold the InceptionV3 of FID (other keys or shapes): "
-                        f"{remedy}") from error
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise WEIGHTS.misfit(file) from error
     return network.to(device).to(memory_format=torch.channels_last), digest  # 1.4 times as fast on a CPU

@@ -50,7 +50,7 @@ def features_and_votes(classifier: SmallClassifier, images: np.ndarray, device: 
     """Images uint8 [N, H, W, 3] -> features [N, F] and predicted classes [N]."""
     features, votes = [], []
     for first in range(0, len(images), 256):
-        batch = to_tensor(torch.from_numpy(images[first : first + 256])).to(device)
+        batch = to_tensor(images[first : first + 256]).to(device)
         features.append(classifier.features(batch))
         votes.append(classifier.output(features[-1]).argmax(1))
     return torch.cat(features).cpu().numpy(), torch.cat(votes).cpu().numpy()

@@ -120,8 +120,8 @@ def inception_score(probs: Array, split_size: int = SPLIT_SIZE) -> float:
     return float(torch.stack(scores).mean())
 
 
-def _full_float32() -> AbstractContextManager[None]:
-    """Keep TensorFloat-32 out of matrix products: its 10 bits would move single-precision distances."""
+def full_float32() -> AbstractContextManager[None]:
+    """Keep TensorFloat-32 out of matrix products: its 10 bits would move features and single-precision distances."""
     return _setting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest")
 
 
@@ -144,23 +144,29 @@ def _half_norms(rows: Tensor) -> Tensor:
     return sum(norms[1:], norms[0])
 
 
-def _tile_distances(rows: Tensor, columns: Tensor) -> Tensor:
-    """Squared distances [n, m] of feature rows, in half precision, or in single where half overflows anywhere."""
+def _half_distances(rows: Tensor, columns: Tensor) -> Tensor | None:
+    """Squared distances [n, m] of feature rows in half precision, or None where it overflows anywhere."""
     half_rows, half_columns = rows.half(), columns.half()
     row_norms, column_norms = _half_norms(half_rows)[:, None], _half_norms(half_columns)[None]
-    if row_norms.isfinite().all() and column_norms.isfinite().all():
-        distances = torch.empty(len(rows), len(columns), dtype=torch.float16, device=rows.device)
-        right = half_columns.float().T
-        for start in range(0, len(rows), STRIPE):
-            stripe = slice(start, start + STRIPE)
-            # Products of half-precision values are exact in single precision: the sum is rounded once, at the end.
-            products = (half_rows[stripe].float() @ right).half()
-            torch.sub(row_norms[stripe], products.mul_(2), out=products)
-            torch.add(products, column_norms, out=distances[stripe])
-            if not distances[stripe].isfinite().all():
-                break
-        else:
-            return distances.clamp_(min=0)
+    if not (row_norms.isfinite().all() and column_norms.isfinite().all()):
+        return None
+    distances = torch.empty(len(rows), len(columns), dtype=torch.float16, device=rows.device)
+    right = half_columns.float().T
+    for start in range(0, len(rows), STRIPE):
+        stripe = slice(start, start + STRIPE)
+        # Products of half-precision values are exact in single precision: the sum is rounded once, at the end.
+        products = (half_rows[stripe].float() @ right).half()
+        torch.sub(row_norms[stripe], products.mul_(2), out=products)
+        torch.add(products, column_norms, out=distances[stripe])
+        if not distances[stripe].isfinite().all():
+            return None
+    return distances.clamp_(min=0)
+
+
+def _tile_distances(rows: Tensor, columns: Tensor, half: bool) -> Tensor:
+    """Squared distances [n, m] of feature rows, in half precision if asked for, but in single where half overflows anywhere."""
+    if half and (distances := _half_distances(rows, columns)) is not None:
+        return distances
     row_norms, column_norms = rows.square().sum(1)[:, None], columns.square().sum(1)[None]
     return (row_norms - 2 * (rows @ columns.T) + column_norms).clamp_(min=0)
 
@@ -169,21 +175,22 @@ def _as_features(features: Array, device: torch.device | str | None) -> Tensor:
     return torch.as_tensor(features).to(device=device, dtype=torch.float32)
 
 
-def nearest_radii(features: Array, device: torch.device | str | None = None, tile: int = TILE) -> Tensor:
+def nearest_radii(features: Array, device: torch.device | str | None = None, tile: int = TILE, half: bool = True) -> Tensor:
     """Squared distance of every feature row to its third nearest other row (NEAREST_K).
 
-    features: [N, D]; returns float32 [N] on `device`.  The row itself counts as the nearest, as in ADM, also when a
-    duplicate exists.  Memory: one tile x tile block, whatever N.  Raises ValueError for N <= NEAREST_K.
+    features: [N, D]; half: compute in half precision, as ADM does; returns float32 [N] on `device`.  The row itself counts as the
+    nearest, as in ADM, also when a duplicate exists.  Memory: one tile x tile block, whatever N.  Raises ValueError for
+    N <= NEAREST_K.
     """
     features = _as_features(features, device)
     if len(features) <= NEAREST_K:
         raise ValueError(f"{NEAREST_K} nearest neighbours need more than {NEAREST_K} rows, got {len(features)}")
     radii = []
-    with _full_float32():
+    with full_float32():
         for rows in features.split(tile):
             nearest = []
             for columns in features.split(tile):
-                distances = _tile_distances(rows, columns)
+                distances = _tile_distances(rows, columns, half)
                 kept = [part.float().topk(min(NEAREST_K + 1, len(columns)), dim=1, largest=False).values
                         for part in distances.split(STRIPE)]
                 nearest.append(torch.cat(kept))  # [n, NEAREST_K + 1]
@@ -192,22 +199,23 @@ def nearest_radii(features: Array, device: torch.device | str | None = None, til
 
 
 def precision_recall(reference: Array, sample: Array, device: torch.device | str | None = None,
-                     tile: int = TILE) -> tuple[float, float]:
+                     tile: int = TILE, half: bool = True) -> tuple[float, float]:
     """Improved precision and recall of feature rows.
 
-    reference: [N, D], sample: [M, D], both with more than NEAREST_K rows.  Precision: share of samples within the radius of
-    some reference row; recall: share of reference rows within the radius of some sample; "within" includes equality.
+    reference: [N, D], sample: [M, D], both with more than NEAREST_K rows; half: compute distances in half precision, as ADM does.
+    Precision: share of samples within the radius of some reference row; recall: share of reference rows within the radius of
+    some sample; "within" includes equality.
     Source: arXiv 1904.06991, eq. 1 to 3.
     """
     reference, sample = _as_features(reference, device), _as_features(sample, device)
-    reference_radii, sample_radii = nearest_radii(reference, device, tile), nearest_radii(sample, device, tile)
+    reference_radii, sample_radii = (nearest_radii(rows, device, tile, half) for rows in (reference, sample))
     sample_inside = torch.zeros(len(sample), dtype=torch.bool, device=sample.device)
     reference_inside = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
-    with _full_float32():
+    with full_float32():
         for row in range(0, len(reference), tile):
             for column in range(0, len(sample), tile):
                 c = slice(column, column + tile)
-                parts = _tile_distances(reference[row : row + tile], sample[c]).split(STRIPE)  # each [STRIPE, tile]
+                parts = _tile_distances(reference[row : row + tile], sample[c], half).split(STRIPE)  # each [STRIPE, tile]
                 for first, part in zip(range(row, row + tile, STRIPE), parts):
                     part = part.float()
                     r = slice(first, first + len(part))

@@ -20,12 +20,12 @@ import torch
 import tyro
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 
 from utils.config import Device, Positive, UserError, parse, run_main, to_dict
 from utils.distributed import choose_device
 from utils.files import check_exists, check_file_to_write, write_json
 from utils.image_source import DECODER_ERRORS, decode
+from utils.logs import StandardError, progress
 from utils.npz import NPZ_ERRORS, array_header, array_keys, open_array
 from utils.text_encoders import load_pretrained, quiet_transformers
 from utils.texts import json_lines, string_in
@@ -131,9 +131,9 @@ class Clip:
 
 
 def clip_scores(clip: Clip, pairs: Pairs, batch_size: int) -> Tensor:
-    """The score of every pair, with a progress bar: float32 [N]."""
+    """The score of every pair, whose progress is shown: float32 [N]."""
     found = [torch.empty(0)]
-    with tqdm(total=len(pairs.captions), desc="CLIP score", unit="image") as bar:
+    with progress(len(pairs.captions), "CLIP score", "images") as bar:
         for rows in batches(len(pairs.captions), batch_size):
             found.append(clip.scores([pairs.image(row) for row in rows], [pairs.captions[row] for row in rows]))
             bar.update(len(rows))
@@ -148,7 +148,7 @@ def batches(count: int, size: int) -> Iterator[range]:
 def main() -> None:
     """Score as the command line says."""
     config = parse(ClipScoreConfig)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", handlers=[StandardError()])
     device = choose_device(config.device)
     if config.json is not None:
         check_file_to_write(config.json, "--json")

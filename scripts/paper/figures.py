@@ -20,7 +20,7 @@ def figure1(lab: Lab) -> Result:
                    lab.row("iar2-tiny", iar2(lab), bits=True, parameters=True)), plot="1")
 
 
-@experiment(options=["drawing_options"], unread=OF_GPTS)
+@experiment(options=["drawing_options"], unread=(*OF_GPTS, "reference"))
 def figure3(lab: Lab) -> Result:
     """Figure 3: MSE and LPIPS against the distance of replaced codes, and the pictures (single codebook)."""
     tokenizer = lab.single
@@ -42,7 +42,7 @@ def figure4(lab: Lab) -> Result:
                         for tokenizer in tokenizers), "figure4", plot="4")
 
 
-@experiment(epochs=300, options=["drawing_options"])
+@experiment(epochs=300, options=["drawing_options"], unread=["reference"])
 def figure6(lab: Lab) -> Result:
     """Figure 6: attention to the class (its logarithm) and guidance scale of every cell, over images of one IAR2 with the
     guidance that its checkpoint carries.  Ours: B, 300 epochs and the classes, which the paper does not say."""
@@ -92,7 +92,7 @@ def figure7c(lab: Lab) -> Result:
     return Result(tuple(rows), plot="7c", note=" (IAR2: twice as long)")
 
 
-@experiment(image_size=256, epochs=50, options=["models"], unread=["gpt_model"])
+@experiment(image_size=256, epochs=50, options=["models"], unread=["gpt_model", "reference"])
 def figure8(lab: Lab) -> Result:
     """Figure 8: training losses by model size, 16x16 tokens, 50 epochs (toy: one and two head layers).  --models: the sizes
     (GPT-B GPT-L GPT-XL GPT-XXL)."""
@@ -119,7 +119,7 @@ CLASSES = {
 }
 
 
-@experiment(model="GPT-XL", epochs=300)
+@experiment(model="GPT-XL", epochs=300, unread=["reference"])
 def figure9(lab: Lab) -> Result:
     """Figures 9 to 11: samples of twelve classes by one IAR2-XL after 300 epochs, with the range of guidance that the paper
     names.  Toy: the ten classes of the bundled images."""

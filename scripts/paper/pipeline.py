@@ -94,6 +94,8 @@ class Lab:
     """That selects samples at the paper's scale."""
     drawing_options: Words
     """More of the command that draws a figure or sweeps."""
+    baselines: tuple[str, ...]
+    """More tokenizers of table 13."""
     wanted: list[Step] = field(default_factory=list)
     """Steps that must be done before the experiment can be declared in full."""
 
@@ -208,17 +210,19 @@ class Lab:
                               *size, "--data-path", images, "--augmentation", augmentation, "--code-path", Own("codes"),
                               parallel=True), "codes")
 
-    def reconstruction(self, tokenizer: Step) -> tuple[Figures, ...]:
-        """PSNR, SSIM, LPIPS, usage, and at the paper's scale rFID."""
-        made = self.step("reconstruction", tokenizer.label, "tokenizer/tokenizer_image/reconstruction_vq_ddp.py", "--vq-ckpt",
-                         Made(tokenizer, "run"), "--data-path", self.validation, *self.scale.images, *self.perceptual,
+    def reconstruction(self, tokenizer: Step | str) -> tuple[Figures, ...]:
+        """PSNR, SSIM, LPIPS, usage, and at the paper's scale rFID; tokenizer: a training, or what --vq-ckpt takes."""
+        weights: Word = Made(tokenizer, "run") if isinstance(tokenizer, Step) else tokenizer
+        label = tokenizer.label if isinstance(tokenizer, Step) else spelled([tokenizer])
+        made = self.step("reconstruction", label, "tokenizer/tokenizer_image/reconstruction_vq_ddp.py", "--vq-ckpt",
+                         weights, "--data-path", self.validation, *self.scale.images, *self.perceptual,
                          "--out", Own("images.npz"), parallel=True)
         figures = Figures(Made(made, "images.json"))
         if self.toy:
             return (figures,)
         real = self.step("reference", "val256", "tokenizer/validation/val_ddp.py", "--data-path", self.validation,
                          "--image-size", 256, "--out", Own("val256.npz"))
-        rfid = self.step("rfid", tokenizer.label, "evaluations/c2i/evaluator.py", Made(real, "val256.npz"),
+        rfid = self.step("rfid", label, "evaluations/c2i/evaluator.py", Made(real, "val256.npz"),
                          Made(made, "images.npz"), "--json", Own("rfid.json"))
         return figures, Figures(Made(rfid, "rfid.json"), prefix="r")
 

@@ -52,8 +52,8 @@ class Figure:
 GENERATION, TOY_GENERATION = ("fid", "inception_score"), ("frechet", "class_accuracy")
 FIGURES = {
     "1": Figure("parameters (millions)", ("fid",), ("frechet",), log_x=True, log_y=True, table="2", alone=True, named=True),
-    "4": Figure("codes in the codebook", ("rfid", "fid"), ("psnr", "lpips", "frechet"), log_x=True, table="figure4",
-                level=", dual codebook"),
+    "4": Figure("codes in the codebook", ("rfid", "fid"), ("psnr", "perceptual_classifier", "frechet"), log_x=True,
+                table="figure4", level=", dual codebook"),
     "7a": Figure("guidance scale", GENERATION, TOY_GENERATION, line=", constant", level=", PAG-CFG",
                  rows={"GPT-B-pag": ("3-24-300", "iar2-B"), "GPT-L-pag": ("3-24-300", "iar2-L")}),
     "7b": Figure("parameters (millions)", GENERATION, TOY_GENERATION, log_x=True, table="3-24-300", alone=True),
@@ -62,7 +62,8 @@ FIGURES = {
                  rows={"iar2-0100": ("8-100", "constant"), "iar2-0300": ("8-300", "constant"),
                        "llamagen-0300": ("3-24-300", "llamagen-B")}),
 }
-METRICS = {"fid": "FID", "inception_score": "inception score", "rfid": "rFID", "psnr": "PSNR (dB)", "lpips": "LPIPS",
+METRICS = {"fid": "FID", "inception_score": "inception score", "rfid": "rFID", "psnr": "PSNR (dB)",
+           "perceptual_classifier": "distance by a classifier's features",
            "frechet": "Fréchet distance (judge's features)", "class_accuracy": "class accuracy (judge)"}
 PUBLISHED_COLUMNS = {"FID": "fid", "IS": "inception_score", "rFID": "rfid"}
 # By the first part of a row's name; the order is that of colours and markers, other systems follow.

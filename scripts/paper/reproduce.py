@@ -29,6 +29,7 @@ from scripts.paper.results import EXPERIMENTS, OF_ROWS, Result
 from scripts.paper.scales import SCALES
 from scripts.paper.steps import REPOSITORY, Runner
 from scripts.paper.table import TableConfig, print_table
+from tokenizer.tokenizer_image.baselines import PREFIX
 from utils.config import AboveZero, NonNegative, Positive, Seed, UserError, choices, flag, parse, run_main
 from utils.files import check_exists, check_writable, replacing, write_json
 
@@ -90,6 +91,8 @@ class ReproduceConfig:
     """Table 2, paper's scale: what selects samples, a timm model for ImageNet; empty: convnext_large.fb_in22k_ft_in1k."""
     drawing_options: str = ""
     """Figures 3, 6 and 7a: more options of the command that draws or sweeps, in one word, as --gpt-options."""
+    baselines: tuple[str, ...] = ()
+    """Table 13: more tokenizers, a row each, as --vq-ckpt takes them, for example diffusers:stabilityai/sd-vae-ft-mse."""
 
 
 def reads(name: str, option: str, scale: str) -> bool:
@@ -125,6 +128,15 @@ def words(text: str, option: str) -> tuple[str, ...]:
         raise UserError(f"{option} {text!r} cannot be split into words ({error}): close its quotes.") from error
 
 
+def absolute(tokenizer: str) -> str:
+    """A value of --baselines with a path that holds in the repository too, where commands run; a name on the hub stays."""
+    prefix = PREFIX if tokenizer.startswith(PREFIX) else ""
+    path = Path(tokenizer.removeprefix(prefix))
+    if path.exists() or not prefix:
+        return f"{prefix}{check_exists(path, '--baselines', 'a tokenizer').absolute()}"
+    return tokenizer
+
+
 def make_lab(config: ReproduceConfig, name: str) -> Lab:
     """The lab of one experiment; raises UserError for a path that does not exist."""
     scale, about, toy = SCALES[config.scale], EXPERIMENTS[name], config.scale == "toy"
@@ -146,7 +158,7 @@ def make_lab(config: ReproduceConfig, name: str) -> Lab:
         gpt_options=words(config.gpt_options, "--gpt-options"), train_path=given["data_path"] or scale.train,
         val_path=given["val_path"] or scale.validation, reference_path=given["reference"], models=config.models,
         window_size=config.window_size or 5, classifier=classifier,
-        drawing_options=words(config.drawing_options, "--drawing-options"))
+        drawing_options=words(config.drawing_options, "--drawing-options"), baselines=tuple(map(absolute, config.baselines)))
 
 
 def declare(lab: Lab) -> Result:
@@ -201,7 +213,8 @@ def main() -> None:
     config = parse(ReproduceConfig)
     names = tuple(dict.fromkeys(EXPERIMENTS if "all" in config.names else config.names))
     check(config, names)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%Y-%m-%d %H:%M:%S",
+                        stream=sys.stderr)
     labs = [make_lab(config, name) for name in names]
     for lab in labs:
         declare(lab)  # so that what is missing is said before the first starts

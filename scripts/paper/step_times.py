@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its p
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from autoregressive.train.options import TrainConfig, gpt_config, mapped_header, recipe
 from autoregressive.train.train_c2i import set_up, train_step
@@ -29,6 +28,8 @@ from utils.code_shards import CodeDataset
 from utils.config import Positive, UserError, parse, run_main
 from utils.distributed import Processes, setup
 from utils.files import check_writable, write_json
+from utils.initial import Start
+from utils.logs import followed
 from utils.run import MeanMetrics, Run
 
 MARK = "system="
@@ -73,7 +74,7 @@ class Trained:
         self.plan = plan_steps(self.config.batch, len(dataset), processes.world_size)
         batches = GlobalBatches(len(dataset), self.plan, processes.rank, 0, 0)
         self.loader = iter(DataLoader(dataset, batch_sampler=batches, collate_fn=tuple))
-        self.gpt, self.training = set_up(self.config, model, {}, processes)
+        self.gpt, self.training = set_up(self.config, model, Start(), processes)
         self.training.model.train()
         self.done = 0
         self.seconds: list[float] = []
@@ -113,7 +114,7 @@ def main() -> None:
     check_writable(config.out.parent, "--out")
     processes = setup("auto")
     trained = {name: Trained(words, processes) for name, words in systems.items()}
-    for turn in tqdm(range(config.rounds + 1), desc="rounds"):
+    for turn in followed(range(config.rounds + 1), "time", "rounds", processes):
         for each in trained.values():
             seconds = each.steps(config.steps, processes.device)
             if turn:

@@ -111,8 +111,9 @@ class Step:
         return [*launcher, *map(text, self.words)]
 
     def json(self, part: str) -> Any:
-        """The content of a JSON file that it made."""
-        return read_json(self.path(part), "step", f"a file of {self.kind} {self.label}")
+        """The content of a JSON file that it made, but for its command, which names this machine's folders."""
+        found = read_json(self.path(part), "step", f"a file of {self.kind} {self.label}")
+        return {name: value for name, value in found.items() if name != "command"} if isinstance(found, dict) else found
 
 
 def in_order(steps: Iterable[Step]) -> list[Step]:

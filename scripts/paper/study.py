@@ -32,7 +32,7 @@ from scripts.paper.study_steps import Data, Lengths
 from utils.config import AboveZero, Count, Seed, UserError, choices, parse, run_main, to_dict
 from utils.distributed import setup
 from utils.files import check_exists, check_writable, read_json, write_json
-from utils.run import set_up_logging
+from utils.logs import set_up_logging
 
 PARTS = ("A", "B", "beyond", "C", "D")
 

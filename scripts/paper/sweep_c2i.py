@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its p
 import numpy as np
 import torch
 
-from autoregressive.sample.pipeline import Pipeline, carried_options, check_sampling
+from autoregressive.sample.model_options import carried_options
+from autoregressive.sample.pipeline import Pipeline, check_sampling
 from autoregressive.sample.sample_c2i_ddp import SampleConfig, write_samples
 from evaluations.c2i.classifier import load_all
 from evaluations.c2i.evaluation_file import EvaluationFile
@@ -31,8 +32,9 @@ from utils.config import UserError, parse, run_main
 from utils.distributed import Processes, setup
 from utils.files import check_exists, check_writable, read_json, write_json, write_text
 from utils.images import open_images
+from utils.logs import set_up_logging
 from utils.pictures import save_picture
-from utils.run import figures_text, set_up_logging
+from utils.run import figures_text
 
 log = logging.getLogger("sweep_c2i")
 
@@ -83,7 +85,7 @@ def ends(config: SweepConfig) -> dict[str, tuple[float, ...]]:
 def adm_figures(config: SweepConfig, device: torch.device) -> Callable[[Path], Figures]:
     """A function that gives ADM's metrics of an npz against --reference; the network is loaded once."""
     check_exists(config.reference, "--reference", "ADM's reference npz")
-    source = FeatureSource(config.inception_weights, device)
+    source = FeatureSource("inception", config.inception_weights, device)
     reference = EvaluationFile(config.reference, "--reference")
     return lambda path: compare(reference, EvaluationFile(path, "sample"), source)
 

@@ -23,8 +23,8 @@ from utils.files import read_json, write_text
 PUBLISHED = Path(__file__).with_name("published.json")
 # Measured figures in the order of the columns, with their digits.
 COLUMNS = {"fid": 2, "sfid": 2, "inception_score": 1, "precision": 3, "recall": 3, "rfid": 2, "psnr": 2, "ssim": 3, "lpips": 3,
-           "usage_semantic": 3, "usage_detail": 3, "usage_token": 3, "steps": 0, "bits_per_image": 1, "frechet": 2,
-           "class_accuracy": 3, "images_per_second": 1, "parameters": 2}
+           "perceptual_classifier": 4, "perceptual_random": 4, "usage_semantic": 3, "usage_detail": 3, "usage_token": 3,
+           "steps": 0, "bits_per_image": 1, "frechet": 2, "class_accuracy": 3, "images_per_second": 1, "parameters": 2}
 PARAMETERS = "parameters in millions"
 ADDED = ("bits_per_image", "steps")  # of the stages of one system
 

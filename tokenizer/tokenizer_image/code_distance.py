@@ -24,8 +24,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from tokenizer.tokenizer_image.evaluate import reconstruct
-from tokenizer.tokenizer_image.perceptual import PerceptualOptions, build_perceptual
+from tokenizer.tokenizer_image.evaluate import ByCodes, reconstruct
+from tokenizer.tokenizer_image.perceptual import PerceptualOptions, build_perceptual, distance_name
 from tokenizer.tokenizer_image.quantizer import Streams
 from tokenizer.tokenizer_image.vq_model import VQModel, load_tokenizer
 from utils.config import Count, Device, Positive, UserError, choices, interval, parse, require_multiple, run_main
@@ -35,8 +35,8 @@ from utils.distributed import Processes, setup
 from utils.files import check_writable, write_json
 from utils.image_dataset import ImageDataset, ImageOptions
 from utils.images import open_images
+from utils.logs import progress, set_up_logging
 from utils.pictures import image_grid, save_picture
-from utils.run import progress, set_up_logging
 
 log = logging.getLogger("code_distance")
 
@@ -113,13 +113,14 @@ def replace_codes(codes: Tensor, stream: int, replacement: Tensor) -> Tensor:
 
 def measure(config: CodeDistanceConfig, tokenizer: VQModel, streams: Streams, dataset: ImageDataset,
             replaced: Replacements, processes: Processes) -> list[dict[str, Any]]:
-    """The curve: for every point the target, the realised distance (mean over cells), mse, lpips, and what was measured."""
+    """The curve: for every point the target, the realised distance (mean over cells), mse, the perceptual distance by its name
+    (`distance_name`), and what was measured."""
     points, device = len(replaced.targets), processes.device
     perceptual = build_perceptual(config.perceptual, device)
-    sums = torch.zeros(points, 3, dtype=torch.float64, device=device)  # distance, MSE, LPIPS
+    sums = torch.zeros(points, 3, dtype=torch.float64, device=device)  # distance, MSE, perceptual distance
     count, rows = 0, np.arange(len(dataset))
     with progress(len(rows) * points, "code distance", "images", processes) as bar:
-        for _, images, decoded, codes in reconstruct(tokenizer, dataset, rows, streams, config.batch_size,
+        for _, images, decoded, codes in reconstruct(ByCodes(tokenizer, streams), dataset, rows, config.batch_size,
                                                      config.data.num_workers, device):
             compared = images if config.against == "source" else decoded.clamp(-1, 1)
             for point in range(points):
@@ -130,7 +131,7 @@ def measure(config: CodeDistanceConfig, tokenizer: VQModel, streams: Streams, da
                 bar.update(len(images))
             count += len(images)
     about = {"images": count, "against": config.against, "perceptual_net": config.perceptual.perceptual_net}
-    return [{"target": target} | dict(zip(("distance", "mse", "lpips"), line)) | about
+    return [{"target": target} | dict(zip(("distance", "mse", distance_name(config.perceptual)), line)) | about
             for target, line in zip(replaced.targets.tolist(), (sums / count).tolist())]
 
 
@@ -140,9 +141,9 @@ def draw_curves(curve: list[dict[str, Any]], config: CodeDistanceConfig) -> Figu
     left = figure.subplots()
     right = left.twinx()
     distances = [point["distance"] for point in curve]
-    net = config.perceptual.perceptual_net
+    net, own = config.perceptual.perceptual_net, distance_name(config.perceptual)
     lpips = {"classifier": "classifier distance", "random": "LPIPS of a random network"}.get(net, f"LPIPS ({net})")
-    for axis, key, name, marker, color in ((left, "mse", "MSE", "o-", "tab:blue"), (right, "lpips", lpips, "s--", "tab:orange")):
+    for axis, key, name, marker, color in ((left, "mse", "MSE", "o-", "tab:blue"), (right, own, lpips, "s--", "tab:orange")):
         axis.plot(distances, [point[key] for point in curve], marker, color=color, label=name)
         axis.set_ylabel(name, color=color)
         axis.set_ylim(bottom=0)
@@ -185,7 +186,8 @@ def main() -> None:
     config = parse(CodeDistanceConfig)
     processes = setup(config.device)
     set_up_logging(processes)
-    dataset = ImageDataset(open_images(config.data.data_path).subset(config.images), config.data.image_size)
+    dataset = ImageDataset(open_images(config.data.data_path).subset(config.images), config.data.image_size,
+                           left_out=True)
     check_writable(config.out, "--out")
     tokenizer, streams = open_tokenizer(config, processes.device)
     replaced = replacements(tokenizer.quantizer.table(config.stream), config.points)

@@ -21,7 +21,7 @@ log = logging.getLogger("codebook")
 
 
 class CodeUsage:
-    """Counts of every code over a set of images."""
+    """Counts of every code over a set of images, of no or several codebooks."""
 
     def __init__(self, codebook_sizes: tuple[int, ...], device: torch.device) -> None:
         self.counts = [torch.zeros(size, dtype=torch.long, device=device) for size in codebook_sizes]
@@ -44,28 +44,35 @@ class CodeUsage:
     def figures(self, streams: int, processes: Processes) -> dict[str, float]:
         """usage_NAME, the fraction of codes that any process used, and perplexity_NAME, exp of the code entropy, by stream."""
         result = {}
-        for name, counts in zip(STREAMS[len(self.counts)][:streams], self.total(processes)):
+        for name, counts in zip(STREAMS.get(len(self.counts), ())[:streams], self.total(processes)):
             probability = counts / counts.sum().clamp_min(1)
             result[f"usage_{name}"] = (counts > 0).float().mean().item()
             result[f"perplexity_{name}"] = torch.special.entr(probability).sum().exp().item()
         return result
 
 
-def warn_of_collapse(figures: dict[str, float], config: VQConfig, image_size: int) -> float:
+def remedies(config: VQConfig, init: str = "uniform", revive_every: int = 0) -> str:
+    """What helps against collapse and was not done yet; init, revive_every: --codebook-init and --revive-every as they were."""
+    if QUANTIZERS[config.quantizer][0].free_codes:
+        care = ["--codebook-init kmeans"] * (init != "kmeans") + ["--revive-every 100"] * (not revive_every)
+        return " and ".join(care) or "a lower --lr or smaller --codebook-sizes"
+    return " or ".join(["--codebook-init whitened"] * (init == "uniform") + ["a lower --lr"])
+
+
+def warn_of_collapse(figures: dict[str, float], config: VQConfig, image_size: int, care: str = "") -> float:
     """Log a loud warning for every codebook of which less than half is used, where the set was large enough to tell.
 
-    Returns the lowest usage that it could tell, 1 where none.
+    care: what to try; empty: `remedies` of a training that nothing is known of.  Returns the lowest usage that it could tell,
+    1 where none.
     """
-    lowest = 1.0
-    free = QUANTIZERS[config.quantizer][0].free_codes
-    remedy = "--codebook-init kmeans and --revive-every 100" if free else "--codebook-init whitened or a lower --lr"
+    lowest, care = 1.0, care or f"training it with {remedies(config)}"
     codes = figures["images"] * (image_size // config.downsampling) ** 2
     for name, size in zip(STREAMS[len(config.codebook_sizes)], config.codebook_sizes):
         usage = figures.get(f"usage_{name}", 1.0)  # a stage that leaves a codebook out has no figure of it
         lowest = min(lowest, usage) if codes >= 4 * size else lowest
         if usage < 0.5 and codes >= 4 * size:
             log.warning("CODEBOOK COLLAPSE: only %.1f%% of the %d codes of the %s codebook are used over %d images; "
-                        "try %s", 100 * usage, size, name, figures["images"], remedy)
+                        "try %s", 100 * usage, size, name, figures["images"], care)
     return lowest
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from utils.classifier import load_classifier
 from utils.config import UserError, choices
-from utils.files import check_exists
+from utils.hub import published_file
 
 log = logging.getLogger("perceptual")
 
@@ -32,6 +32,12 @@ class PerceptualOptions:
     """LPIPS backbone vgg, alex or squeeze; random (no download); or classifier, a local one."""
     perceptual_file: str = ""
     """Local weights: a torchvision state dict, or a classifier file; empty: the usual download."""
+
+
+def distance_name(options: PerceptualOptions) -> str:
+    """What the distance is called among figures: lpips, or a name of its own where it compares with no published number."""
+    net = options.perceptual_net
+    return f"perceptual_{net}" if net in ("random", "classifier") else "lpips"
 
 
 class ClassifierDistance(nn.Module):
@@ -66,7 +72,8 @@ def build_perceptual(options: PerceptualOptions, device: torch.device) -> nn.Mod
         model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     elif weights:
         model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-        _load_backbone(model.get_submodule("net"), check_exists(weights, "--perceptual-file", f"a torchvision {net} state dict"))
+        file = published_file(weights, "--perceptual-file", f"a torchvision {net} state dict")
+        _load_backbone(model.get_submodule("net"), file)
     else:
         try:
             model = lpips.LPIPS(net=net, verbose=False)

@@ -27,7 +27,7 @@ from utils.code_map import CodeMap
 from utils.config import Count, Seed, UserError, choices, parse, run_main
 from utils.distributed import setup
 from utils.files import check_exists, check_writable, replacing, write_json
-from utils.run import set_up_logging
+from utils.logs import set_up_logging
 
 log = logging.getLogger("rearrange")
 

@@ -116,14 +116,21 @@ class VQTrainConfig:
     stage: Literal["semantic", "dual", "single"] = "semantic"
     """semantic: stage 1; dual: stage 2; single: all codebooks at once (LlamaGen)."""
     init_from: str = ""
-    """Tokenizer whose weights start this run; stage 2 needs stage 1's result."""
+    """Tokenizer whose weights start this run, all that fit; stage 2 needs stage 1's result, and takes it whole."""
+    init_strict: bool = False
+    """Refuse --init-from where any weight does not fit, instead of drawing that one anew."""
     compile: Compile = "auto"
     """torch.compile encoder and decoder; auto: on GPUs."""
 
 
 # Options that must not change on resume.
 FIXED_OPTIONS = ("seed", "global_batch_size", "ema_decay", "recipe", "lr_schedule", "weight_decay", "pixel_weight",
-                 "perceptual_weight", "disc_weight", "interleave_gradients", "gradient")
+                 "perceptual_weight", "disc_weight", "interleave_gradients", "gradient", "init_strict")
+
+
+# What decides fields of the model that are no options of the same name.
+MODEL_FLAGS = dict.fromkeys(("channels", "encoder_multipliers", "decoder_multipliers", "latent_channels", "residual_blocks",
+                             "stem", "norm_groups", "attention", "zero_residual"), "--vq-model")
 
 
 # Epochs of 1,281,167 images in batches of 128, where they are not LlamaGen's 40: IAR2's released file is step 485,000 of stage 2.

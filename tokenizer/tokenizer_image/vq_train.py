@@ -26,27 +26,30 @@ from torch.distributed.checkpoint.state_dict import (
 from tokenizer.tokenizer_image.codebook import (
     CodeUsage,
     initialise_codebook,
+    remedies,
     revive_dead_codes,
     warn_of_collapse,
     whiten_projection,
 )
 from tokenizer.tokenizer_image.discriminator import PatchGAN
-from tokenizer.tokenizer_image.evaluate import evaluate_tokenizer, reconstruction_grid
-from tokenizer.tokenizer_image.perceptual import build_perceptual
+from tokenizer.tokenizer_image.evaluate import ByCodes, evaluate_tokenizer, reconstruction_grid
+from tokenizer.tokenizer_image.perceptual import build_perceptual, distance_name
 from tokenizer.tokenizer_image.quantizer import GRADIENTS, QUANTIZERS, Quantized, Streams
 from tokenizer.tokenizer_image.vq_loss import PROCEDURES, RECIPES, LossWeights, TokenizerLoss
 from tokenizer.tokenizer_image.vq_model import TokenizerProvenance, VQConfig, VQModel, build_tokenizer
-from tokenizer.tokenizer_image.vq_options import FIXED_OPTIONS, VQTrainConfig, quantizer_name, recipe
+from tokenizer.tokenizer_image.vq_options import FIXED_OPTIONS, MODEL_FLAGS, VQTrainConfig, quantizer_name, recipe
 from utils.batches import GlobalBatches, StepPlan, plan_steps
-from utils.checkpoint import RunRecord, export, fingerprint, load_weights, read_export, read_initial
+from utils.checkpoint import RunRecord, export, fingerprint, load_weights, read_export
 from utils.config import UserError, parse, require_multiple, run_main, to_dict
 from utils.devices import SYMBOLIC_SIZES, compiles, image_layout
 from utils.distributed import Processes, average_gradients, setup
 from utils.ema import EMA
 from utils.image_dataset import ImageDataset, train_loader
 from utils.images import open_images
+from utils.initial import Initial, Start, plan_start, read_initial
+from utils.logs import set_up_logging
 from utils.optim import clip_gradients, initialise_optimizer, learning_rate, set_learning_rate, step_if_finite, trains_in_bf16
-from utils.run import Run, set_up_logging
+from utils.run import Run, first_line
 from utils.train_state import TrainState
 
 log = logging.getLogger("vq_train")
@@ -117,8 +120,8 @@ def autoencoder_loss(model: VQModel, loss: TokenizerLoss, images: Tensor, config
     return total, terms, reconstructions, quantized
 
 
-def build_model(config: VQTrainConfig, initial: dict[str, Tensor]) -> VQModel:
-    """The tokenizer, with the weights of --init-from where there are any; raises UserError for options that do not fit."""
+def build_model(config: VQTrainConfig, initial: Initial | None) -> VQModel:
+    """The tokenizer before the weights of --init-from, where there are any; raises UserError for options that do not fit."""
     options, quantizer = config.tokenizer, quantizer_name(config)
     _, wanted, _ = QUANTIZERS[quantizer]
     sizes = options.codebook_sizes or ((16384,) if wanted == 1 else (256, 4096))
@@ -130,9 +133,7 @@ def build_model(config: VQTrainConfig, initial: dict[str, Tensor]) -> VQModel:
     model.quantizer.gradient = GRADIENTS[config.codebook.gradient]
     require_multiple("--image-size", config.images.image_size, model.config.downsampling,
                      f"the downsampling of {options.vq_model}")
-    if initial:
-        load_weights(model, initial, f"--init-from {config.init_from}")
-    elif config.stage == "dual":
+    if config.stage == "dual" and not initial:
         raise UserError("--stage dual starts from stage 1's result: give it as --init-from RUN_DIR.")
     return model
 
@@ -143,7 +144,8 @@ def build_loss(config: VQTrainConfig, device: torch.device) -> TokenizerLoss:
     perceptual = build_perceptual(config.perceptual, device)
     discriminator = PatchGAN(options.disc_channels, options.disc_layers)
     if config.stage == "dual" and PROCEDURES[options.recipe].keep_discriminator:
-        folder = Path(config.init_from) if Path(config.init_from).is_dir() else Path(config.init_from).parent
+        beside = Path(config.init_from).is_file()  # else a run folder, or a repository of the hub
+        folder = Path(config.init_from).parent if beside else config.init_from
         _, tensors = read_export(folder, "discriminator", "--init-from")
         load_weights(discriminator, tensors, f"--init-from {folder}/discriminator.safetensors")
     discriminator.to(device)
@@ -158,7 +160,7 @@ def open_datasets(config: VQTrainConfig) -> tuple[ImageDataset, ImageDataset]:
     if evaluation.val_limit:
         held_out = held_out.subset(evaluation.val_limit)
     training = ImageDataset(source, size, config.run.seed, config.augmentation.random_crop, config.augmentation.random_flip)
-    return training, ImageDataset(held_out, size)
+    return training, ImageDataset(held_out, size, left_out=True)
 
 
 @torch.no_grad()
@@ -186,6 +188,7 @@ class TokenizerState(TrainState):
     disc_optimizer: torch.optim.Optimizer
     usage: CodeUsage            # since the last revival
     processes: Processes
+    start: Start = Start()      # what was taken from --init-from
 
     def state_dict(self) -> dict[str, Any]:
         """Nested dict for `utils.checkpoint`."""
@@ -205,9 +208,11 @@ class TokenizerState(TrainState):
             self.usage.reset()
 
 
-def set_up(config: VQTrainConfig, initial: dict[str, Tensor], processes: Processes) -> TokenizerState:
-    """Model, losses and optimizers before the first step; initial: weights to start from, or none."""
+def set_up(config: VQTrainConfig, initial: Initial | None, processes: Processes) -> TokenizerState:
+    """Model, losses and optimizers before the first step; initial: a tokenizer to start from, of which stage 2 takes all."""
     model, options = build_model(config, initial), config.optim
+    start = plan_start(model, initial, config.init_strict or config.stage == "dual")
+    start.load(model)
     loss = build_loss(config, processes.device)
     model.to(processes.device).to(memory_format=image_layout(processes.device))
     if compiles(config.compile, processes.device):
@@ -223,7 +228,7 @@ def set_up(config: VQTrainConfig, initial: dict[str, Tensor], processes: Process
         initialise_optimizer(each)
     usage = CodeUsage(model.config.codebook_sizes, processes.device)
     ema = EMA(model, options.ema_decay) if options.ema_decay else None
-    return TokenizerState(model, optimizer, ema, loss, disc_optimizer, usage, processes)
+    return TokenizerState(model, optimizer, ema, loss, disc_optimizer, usage, processes, start)
 
 
 def train_step(training: TokenizerState, loader: Iterator[tuple[Tensor, Tensor, Tensor]], plan: StepPlan,
@@ -282,12 +287,13 @@ def evaluate(training: TokenizerState, dataset: ImageDataset, plan: StepPlan, co
     model, streams = training.model.eval(), trained_streams(config)
     with run.timed("evaluation"), training.averaged():
         figures = evaluate_tokenizer(model, dataset, streams, training.loss.perceptual, run.processes, plan.micro_batch,
-                                     config.images.num_workers)
+                                     config.images.num_workers, distance_name(config.perceptual))
         if run.processes.is_main:
-            run.picture(step + 1, "reconstructions", reconstruction_grid(model, dataset, streams, run.processes.device))
+            run.picture(step + 1, "reconstructions", reconstruction_grid(ByCodes(model, streams), dataset, run.processes.device))
     model.train()
     run.write_evaluation(step, figures)
-    if (usage := warn_of_collapse(figures, model.config, config.images.image_size)) < COLLAPSED:
+    care = remedies(model.config, config.codebook.codebook_init, config.codebook.revive_every)
+    if (usage := warn_of_collapse(figures, model.config, config.images.image_size, care)) < COLLAPSED:
         run.doubt(f"step {step + 1}: a codebook is used to {100 * usage:.1f}%")
     return figures
 
@@ -310,12 +316,18 @@ def train(config: VQTrainConfig, processes: Processes) -> None:
     set_up_logging(processes)
     training_set, evaluation_set = open_datasets(config)
     plan = plan_steps(config.batch, len(training_set), processes.world_size)
-    initial, begun_from = read_initial(config.init_from, "tokenizer")
-    training = set_up(config, initial, processes)
+    training = set_up(config, read_initial(config.init_from, "tokenizer"), processes)
+    begun_from = training.start.facts
     record = RunRecord("tokenizer", model=to_dict(training.model.config) | {"stage": config.stage} | begun_from,
-                       defaults=to_dict(VQConfig()) | begun_from, options=to_dict(config), fixed=FIXED_OPTIONS)
+                       defaults=to_dict(VQConfig()) | begun_from, options=to_dict(config), fixed=FIXED_OPTIONS,
+                       flags=MODEL_FLAGS)
     run = Run(config.run, record, processes, plan.total_steps)
+    log.info(first_line(f"{config.tokenizer.vq_model}, stage {config.stage}", len(training_set),
+                        f"{training_set.source.num_classes} classes", sum(p.numel() for p in training.model.parameters()), plan,
+                        processes))
     first_step = run.resume(training)
+    if first_step == 0 and training.start.text:
+        log.info(training.start.text)
     if first_step == 0 and config.codebook.codebook_init != "uniform":
         introduce_codebook(training.model, training_set, config, processes)
     batches = GlobalBatches(len(training_set), plan, processes.rank, config.run.seed, first_step)
