@@ -153,6 +153,10 @@ def test_published_codes_are_trained_on_by_their_name(hub, tmp_path):
                    "--image-size", 32, "--downsample-size", 8, "--num-classes", 3, "--steps", 1, "--global-batch-size", 4,
                    "--data-parallel", "none", "--num-workers", 0, "--device", "cpu", "--run-dir", tmp_path / "run", **environment)
     assert done.returncode == 0 and (tmp_path / "run" / "gpt.safetensors").is_file()
+    command("autoregressive/train/evaluate_c2i.py", "--gpt-ckpt", tmp_path / "run", "--code-path", "hf:datasets/me/codes",
+            "--device", "cpu", "--out", tmp_path / "bits.json", **environment)
+    bits = json.loads((tmp_path / "bits.json").read_text())
+    assert bits["images"] == 48 and "--code-path hf:datasets/me/codes" in bits["command"]
 
 
 def test_images_of_a_data_set_are_read_by_its_name(hub, tmp_path):

@@ -29,6 +29,7 @@ from utils.code_shards import STREAMS, read_header
 from utils.config import Device, Positive, UserError, command_line, parse, run_main
 from utils.distributed import Processes, all_reduce_sum, setup
 from utils.files import check_writable, write_json
+from utils.hub import local_path
 from utils.logs import followed, set_up_logging
 from utils.shards import require_fit
 from utils.text_encoders import encoder_facts
@@ -64,6 +65,7 @@ def open_held_out(config: GPTConfig, about: GPTProvenance, model: str, code_path
 
     config, about: of the GPT; model: what messages call it; code_map: the map of its training, or empty.
     """
+    code_path = local_path(code_path, option)
     header, found = read_header(code_path, option), load_code_map(code_map) if code_map else None
     if found:
         header = found.header(header, f"--code-map {code_map}")
