@@ -124,13 +124,13 @@ def _explained(found: HubName, option: str, wanted: str) -> Iterator[None]:
         raise _hidden(what) from error
     except errors.RevisionNotFoundError as error:
         raise UserError(f"{what} has no revision {printable(found.revision)}: give a branch, a tag or a commit of it.") from error
-    except errors.RemoteEntryNotFoundError as error:
-        raise UserError(f"{what} has no file {printable(wanted)}: give a repository that scripts/push_to_hub.py filled, or "
-                        f"{_FORM}.") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         cause = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         raise UserError(f"{what} is not in the hub's cache and cannot be downloaded ({cause}): download it where there is a "
                         "connection, or give a path.") from error
+    except errors.EntryNotFoundError as error:
+        raise UserError(f"{what} has no file {printable(wanted)}: give a repository that scripts/push_to_hub.py filled, or "
+                        f"{_FORM}.") from error
     except Exception as error:  # of the network, of a full disk: the library's versions raise those of several others
         if getattr(getattr(error, "response", None), "status_code", 0) in (401, 403):
             raise _hidden(what) from error
