@@ -69,7 +69,7 @@ def training_command(folder: Path, script: str, defaults: Mapping[str, Any]) -> 
         return ""
     found = read_json(file, "RUN", "the options of the run")
     options = found.get("options") if isinstance(found, dict) else None
-    words = [script]
+    words = list[str]()
     for name, value in flatten(options if isinstance(options, dict) else {}).items():
         if name not in defaults or value == defaults[name] or value in (None, "", []) or name == "run_dir":
             continue
@@ -77,7 +77,7 @@ def training_command(folder: Path, script: str, defaults: Mapping[str, Any]) -> 
             words.append(flag(name) if value else flag(f"no_{name}"))
         else:
             words += [flag(name), *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(words)
+    return f"{script} {shlex.join(words)}"
 
 
 def table(figures: Iterable[Figure]) -> str:

@@ -99,8 +99,9 @@ def test_what_the_hub_refuses_is_one_sentence(hub, tmp_path):
     for words, line in zip(names.values(), lines):
         assert words in line, line
         assert line.startswith("error:") == (words != "gpt.safetensors"), line
-    nowhere = command(script, "hf:me/new", **environment | {"HF_ENDPOINT": "http://127.0.0.1:9"}).stdout
-    assert "hf:me/new is not in the hub's cache and cannot be downloaded (the hub cannot be reached)" in nowhere
+    nowhere = command(script, "hf:me/new", **environment | {"HF_ENDPOINT": "http://127.0.0.1:9"})
+    assert "hf:me/new is not in the hub's cache and cannot be downloaded (the hub cannot be reached)" in nowhere.stdout
+    assert not nowhere.stderr
 
 
 @pytest.mark.parametrize("name", ["hf:", "hf:name", "hf:a//b", "hf:a/b@", "hf:../b", "hf:a/b/../c", "hf:datasets/a", "hf:a/b c",
@@ -183,7 +184,8 @@ def test_a_folder_is_written_without_the_hub(tmp_path):
          "cpu", "--val-code-path", codes, "--run-dir", tmp_path / "run")
     call(push_to_hub.main, tmp_path / "run", "--repo", "me/model", "--folder", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "--gpt-model GPT-tiny" in card and "--steps 1" in card and "--log-every" not in card
+    assert "\nbash scripts/autoregressive/train_c2i.sh --code-path" in card and "--log-every" not in card
+    assert "--gpt-model GPT-tiny" in card and "--steps 1" in card
     assert "held-out bits per image" in card and "`train_c2i.py`, step 1" in card
     assert read_export(tmp_path / "out", "gpt", "x")[0]["step"] == 1
 

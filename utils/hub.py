@@ -113,7 +113,9 @@ def hub_path(option: str) -> PrimitiveConstructorSpec[Any]:
 def _explained(found: HubName, option: str, wanted: str) -> Iterator[None]:
     """Turn what the hub's library raises into one sentence."""
     from huggingface_hub import constants, errors
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # it would tell every try of several before the sentence
     what = f"{option} {printable(found.text)}"
     try:
         yield
