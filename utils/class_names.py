@@ -67,7 +67,7 @@ def find_class(wanted: str | int, names: ClassNames, what: str) -> int:
         if found := [label for label in range(len(names)) if fits(label)]:
             break
     else:
-        near = difflib.get_close_matches(text, [part for parts in spoken for part in parts], 3, 0.5)
+        near = difflib.get_close_matches(text, [part for parts in spoken for part in parts], 3, 0.6)
         remedy = f"did you mean {' or '.join(map(repr, near))}?" if near else f"give an id from 0 to {len(names) - 1}, or a name."
         raise UserError(f"{what} {printable(wanted)[:60]!r} is the name of no class: {remedy}")
     if len(found) > 1:
