@@ -157,8 +157,10 @@ def main() -> None:
     """Parse options, check what is published, write it and push it."""
     config = parse(PushConfig)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    name = HubName.of(f"hf:{config.repo}", "--repo")
-    if name.folder or name.revision or name.repository != config.repo:
+    name = None
+    with suppress(UserError):  # whose sentence asks for hf: before the name
+        name = HubName.of(f"hf:{config.repo}", "--repo")
+    if name is None or name.repository != config.repo:
         raise UserError(f"--repo {config.repo} is no name of a repository: give owner/name.")
     kind = find_kind(config.run)
     publication = publish_codes(config) if kind == "codes" else publish_models(config, kind)

@@ -199,7 +199,7 @@ def test_figures_say_the_command_that_measured_them(monkeypatch):
 @pytest.mark.parametrize("words, sentence", [
     (("none", "--repo", "me/a"), "RUN 'none' does not exist"),
     ((".", "--repo", "me/a"), "holds no GPT, no tokenizer and no codes"),
-    (("models", "--repo", "me"), "--repo hf:me is no name on the hub"),
+    (("models", "--repo", "me"), "--repo me is no name of a repository: give owner/name"),
     (("models", "--repo", "me/a/b"), "--repo me/a/b is no name of a repository"),
     (("models", "--repo", "me/a", "--figures", "text.json"), "--figures text.json is no JSON"),
     (("models", "--repo", "me/a", "--figures", "empty.json"), "--figures empty.json holds no figures"),

@@ -10,6 +10,8 @@ from functools import cache
 from utils.config import UserError
 from utils.untrusted import printable
 
+IMAGENET_CLASSES = 1000
+
 ClassNames = tuple[str, ...]  # by label id, printable; empty where nothing says them
 
 
@@ -35,10 +37,11 @@ def different_names(found: ClassNames, expected: ClassNames, what: str, source: 
 
 def words_for(names: ClassNames, num_classes: int) -> ClassNames:
     """What to call classes before a person: their names, ImageNet's words for WordNet's numbers and for 1,000 nameless ones."""
-    words = _imagenet_words()
     if not names:
-        return tuple(words.values()) if num_classes == len(words) else tuple(f"class {label}" for label in range(num_classes))
-    return tuple(words[name] for name in names) if all(name in words for name in names) else names
+        known = num_classes == IMAGENET_CLASSES
+        return tuple(_imagenet_words().values()) if known else tuple(f"class {label}" for label in range(num_classes))
+    words = _imagenet_words() if all(re.fullmatch(r"n\d{8}", name) for name in names) else {}
+    return tuple(words.get(name, name) for name in names)
 
 
 @cache
