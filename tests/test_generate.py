@@ -142,6 +142,31 @@ def test_draws_follow_the_probabilities():
     assert pick_codes(logits[None], torch.tensor([0.0]), 0.0, 0, 1.0).tolist() == [3]
 
 
+def test_many_codes_are_drawn_by_their_probabilities():
+    """Beyond the length of one scan a group is drawn first: each code by its share, and none that a filter took out."""
+    size = 20_000                                                                  # the last group is not full
+    probabilities = torch.full((size,), 0.5 / (size - 2), dtype=torch.float64)
+    probabilities[[0, size - 1]] = 0.25
+    probabilities[1024:9000] = 0                                                   # whole groups and parts of them
+    logits = (probabilities / probabilities.sum()).log().float()
+    uniforms = (torch.arange(4000) + 0.5) / 4000
+    codes = draw_codes(logits.expand(len(uniforms), -1), uniforms)
+    expected = torch.searchsorted(logits.double().softmax(-1).cumsum(-1), uniforms.double(), right=True)
+    assert (codes - expected).abs().max() <= 1 and (codes == expected).float().mean() > 0.99
+    assert torch.isfinite(logits[codes]).all() and codes.unique().numel() > 1000
+    ends = draw_codes(logits.expand(2, -1), torch.tensor([0.0, 1 - 2**-24]))
+    assert ends.tolist() == [0, size - 1]
+
+
+def test_many_codes_are_filtered_as_few_are():
+    """top-p by running sums in two stages keeps what sums in double precision keep."""
+    logits = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 20_000))).float() * 3
+    kept = filter_logits(logits, 0, 0.9).isfinite()
+    ordered, order = logits.double().softmax(-1).sort(descending=True)
+    expected = torch.zeros_like(kept).scatter(1, order, ordered.cumsum(-1) - ordered <= 0.9)
+    assert (kept != expected).sum() <= 6 and 100 < kept.sum() < kept.numel() // 2
+
+
 def test_a_uniform_model_draws_every_grid_equally(gpt):
     """End to end over the loop: with zero output layers every code has the same chance in every cell."""
     for output in gpt.paradigm.output_layers():

@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from autoregressive.models.attention import KVCache
@@ -27,6 +28,10 @@ from autoregressive.models.paradigms import DecodeState, Pick
 from utils.config import AboveZero, Count, NonNegative, Seed, choices, interval
 
 V = TypeVar("V")
+
+# Codes from which on running sums are made in two stages.  Inductor splits one long scan of few rows between blocks that wait
+# for each other, and torch 2.11 fails to write that kernel: a GPU could not sample from LlamaGen's 16,384 codes.
+_LONGEST_SCAN, _GROUP = 8192, 1024
 
 
 @dataclass
@@ -100,6 +105,20 @@ def check_read(options: SamplingOptions, gpt: GPT) -> None:
             raise ValueError(f"{name} {value} is of {of} guidance, not of {options.guidance}: leave it out.")
 
 
+def in_groups(values: Tensor) -> Tensor:
+    """Rows [B, K], with zeros behind, in groups [B, G, _GROUP]."""
+    return F.pad(values, (0, -values.shape[-1] % _GROUP)).unflatten(-1, (-1, _GROUP))
+
+
+def running_sums(values: Tensor) -> Tensor:
+    """The sum up to and with each entry of the last dimension: [B, K] -> [B, K]."""
+    if values.shape[-1] <= _LONGEST_SCAN:
+        return values.cumsum(-1)
+    within = in_groups(values).cumsum(-1)                                          # [B, G, _GROUP]
+    before = F.pad(within[..., -1].cumsum(-1)[..., :-1], (1, 0))                   # [B, G]
+    return (within + before[..., None]).flatten(-2)[..., : values.shape[-1]]
+
+
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Set all but the top-k, then all but the top-p codes to -inf; logits [B, K], ties at the k-th value are kept.
 
@@ -111,7 +130,7 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     if top_p < 1:
         ordered, order = logits.sort(descending=True)
         probabilities = ordered.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities
+        before = running_sums(probabilities) - probabilities
         logits = logits.masked_fill(torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before > top_p), -torch.inf)
     return logits
 
@@ -123,12 +142,26 @@ def draw_uniforms(seed: int, samples: np.ndarray, streams: int, cells: int) -> T
     return torch.from_numpy(np.stack(draws))
 
 
-def draw_codes(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Invert the cumulative distribution: logits [B, K] and uniforms [B] -> codes [B]."""
-    cumulative = logits.softmax(-1).cumsum(-1)                                     # [B, K]
+def invert(masses: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Find shares [B] of the sum of masses [B, K] -> running sums [B, K], targets among them [B, 1], entries [B, 1]."""
+    cumulative = masses.cumsum(-1)                                                 # [B, K]
     # Scaled by the last entry, which rounding may leave beside 1, so that no draw falls behind it.
-    target = uniforms[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
+    target = shares[:, None] * cumulative[:, -1:]
+    return cumulative, target, torch.searchsorted(cumulative, target, right=True).clamp_max(masses.shape[-1] - 1)
+
+
+def draw_codes(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Invert the cumulative distribution: logits [B, K] and uniforms [B] -> codes [B]; of many codes a group, then one of it."""
+    probabilities = logits.softmax(-1)                                             # [B, K]
+    if probabilities.shape[-1] <= _LONGEST_SCAN:
+        return invert(probabilities, uniforms)[-1][:, 0]
+    groups = in_groups(probabilities)                                              # [B, G, _GROUP]
+    totals = groups.sum(-1)
+    cumulative, target, group = invert(totals, uniforms)
+    total = totals.gather(1, group)
+    share = ((target - (cumulative.gather(1, group) - total)) / total).clamp(0, 1 - 2**-24)      # [B, 1] of the group's total
+    chosen = groups.gather(1, group[..., None].expand(-1, -1, _GROUP))[:, 0]       # [B, _GROUP]
+    return (group * _GROUP + invert(chosen, share[:, 0])[-1])[:, 0]
 
 
 def pick_codes(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
