@@ -42,10 +42,12 @@ def draw_npz(pipeline: Pipeline, path: Path, given: Conditions, about: dict[str,
     store = ImageStore(path, (count, pipeline.image_size, pipeline.image_size, 3), about, processes)
     started, missing, rows = time.perf_counter(), len(store.missing()), store.share()
     bar = progress(len(rows), "sample", "images", processes)
+    written = []  # when each batch was
 
     def keep(batch: np.ndarray, images: Images) -> None:
         store.write(batch, images()[: len(batch)])
         bar.update(len(batch))
+        written.append(time.perf_counter())
 
     with Beside() as writer:
         for first in range(0, len(rows), batch_size):
@@ -57,4 +59,7 @@ def draw_npz(pipeline: Pipeline, path: Path, given: Conditions, about: dict[str,
     store.finish(pipeline.class_names, **members, kind=np.array(about["kind"]), options=np.array(json.dumps(about)))
     if processes.is_main:
         rate = {"images": missing, "images_per_second": missing / (time.perf_counter() - started)}
+        if len(written) > 1:  # without the first batch, in which kernels are compiled and captured
+            own = (len(rows) - batch_size) / (written[-1] - written[0])
+            rate["warm_images_per_second"] = own * processes.world_size
         write_json(path.with_suffix(".rate.json"), rate)
