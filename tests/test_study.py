@@ -1,6 +1,7 @@
 """The study: its statistics, its fairness, and every part run to its report at a tiny scale."""
 
 import json
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -16,7 +17,7 @@ from scripts.paper.estimates import at, differs, estimate, paired, verdict
 from scripts.paper.steps import Runner, Step, in_order
 from scripts.paper.study_data import framed, halves
 from scripts.paper.study_parts import Trial, dual_tokenizer, learning_rates, part_a, part_b
-from scripts.paper.study_report import write_report
+from scripts.paper.study_report import mean, write_report
 from scripts.paper.study_samples import equal_time, part_c, part_d
 from scripts.paper.study_steps import Data, Lengths
 from tests.conftest import REPOSITORY, call
@@ -36,6 +37,7 @@ class Here(Runner):
             if not step.done:
                 step.folder.mkdir(parents=True, exist_ok=True)
                 script, *words = step.command()[1:]
+                words = ["--rounds", "1", "--steps", "1", *words] if step.kind == "times" else words
                 call(import_module(script.removesuffix(".py").replace("/", ".")).main, *words)
                 write_json(step.folder / "step.json", {"command": script, "seconds": 0.0})
 
@@ -129,25 +131,45 @@ def test_tokenizers_share_their_first_phase(tmp_path):
 
 
 def test_parts_run_to_their_report(tmp_path, files, monkeypatch):
-    """All commands fit together: images, classifiers, tokenizers, codes, GPTs, bits, sweeps, judge, report."""
+    """All commands fit together: images, classifiers, tokenizers, codes, maps, GPTs, bits, sweeps, samples, judge, report."""
     monkeypatch.chdir(REPOSITORY)
     rows = {row.name: replace(row, sizes=tuple(min(size, 64) for size in row.sizes)) for row in systems.A}
     monkeypatch.setattr("scripts.paper.study_parts.ASSOCIATED", rows["associated"])
+    for name, value in {"SINGLES": (64,), "IAR_CLUSTERS": 8, "CTF_CLUSTERS": 16, "CONSTANT": ("1:1", "2:2"),
+                        "IAR2": replace(systems.IAR2, ranges=("1:2",))}.items():
+        monkeypatch.setattr(f"scripts.paper.study_samples.{name}", value)
     data, runner, rates = Data(tmp_path, "fashion-mnist", files, TINY, batch=8, sampled=10), Here(), (1e-3,)
     figures = {
         "A": part_a(data, [rows["simvq-4096"], rows["associated"]], (0,), "", runner),
         "B": part_b(data, {systems.B[0]: (0, 1), systems.IAR2: (0, 1)}, rates, runner),
-        "D": part_d(data, systems.D[:1], (0,), rates, runner),
+        "C": part_c(data, None, (0,), rates, runner),
+        "D": part_d(data, [replace(systems.D[0], ranges=systems.D[0].ranges[:2])], (0,), rates, runner),
     }
     made = dict.fromkeys(figures, {"machine": "a machine", **to_dict(TINY)})
     write_json(tmp_path / "study.json", figures | {"made": made})
     write_report(tmp_path / "study.json", tmp_path)
     report = (tmp_path / "report.md").read_text()
-    labels = (rows["associated"].label, systems.B[0].label, systems.D[0].label)
-    assert all(f"| {label} |" in report for label in labels) and len(list(tmp_path.glob("study-*.png"))) == 3
+    labels = (rows["associated"].label, systems.B[0].label, systems.D[0].label, "LlamaGen", "IAR", "CTF", "IAR2", "real images")
+    assert all(f"| {label} |" in report for label in labels)
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert pictures == set(re.findall(r"[\w-]+\.png", report)) and "study-C-samples.png" in pictures
+    assert set(figures["C"]["systems"]["ctf"]["stages"]) == {"ctf-coarse", "ctf-fine"}
+    assert all(row["images_per_second"] > 0 for row in figures["C"]["systems"].values())
     saved = json.loads((tmp_path / "study.json").read_text())
     assert set(saved["B"]["compressed"]["seeds"]) == {"0", "1"} and "one seed" in report
     assert "On a machine: tokenizers of" in report
+
+
+def test_the_readme_says_what_the_study_found():
+    """Its table is of study.json, figure by figure."""
+    readme = (REPOSITORY / "README.md").read_text()
+    rows = json.loads((REPOSITORY / "scripts/paper/study/study.json").read_text())["C"]["systems"]
+    for name, row in rows.items():
+        label = row["label"] if name != "beyond" else f"{row['label']} (`--recipe beyond`)"
+        weights = sum(stage["parameters"] for stage in row["stages"].values()) / 1e6
+        found = [mean(row, lambda figures, key=key: figures["images"][key]).text(digits) for key, digits in
+                 (("frechet", 2), ("precision", 3), ("recall", 3), ("class_accuracy", 3))]
+        assert f"| {label} | {weights:.1f}M | {' | '.join(found)} | {row['images_per_second']:.0f} |" in readme
 
 
 def test_a_dry_run_writes_nothing(tmp_path, capsys):
@@ -158,6 +180,6 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == len(set(printed)) and sum("train_c2i.py" in line for line in printed) == 3 * len(systems.B)
     assert all(line.startswith(sys.executable) for line in printed) and not (tmp_path / "study").exists()
-    assert part_c(data, systems.BEYOND[0], (0, 1), (1.0,), runner) == {}  # whole systems take minutes even at a tiny scale
+    assert part_c(data, systems.BEYOND[0], (0, 1), (1.0,), runner) == {}
     printed = capsys.readouterr().out
     assert all(script in printed for script in ("rearrange.py", "sweep_c2i.py", "sample_c2i_ddp.py", "judge.py", "step_times.py"))

@@ -184,7 +184,7 @@ def at_scales(row: Row, text: str) -> dict[str, float]:
 
 def schedules(rows: Rows) -> tuple[str, list[Panel]]:
     """Part D's table and picture."""
-    base, cells, curves = rows[BASE["D"]], [], []
+    base, cells, curves, prices = rows[BASE["D"]], [], [], []
     for look, row in enumerate(rows.values()):
         scales = list(next(iter(row["seeds"].values())))
         means = {text: at_scales(row, text) for text in scales}
@@ -193,9 +193,12 @@ def schedules(rows: Rows) -> tuple[str, list[Panel]]:
                       f"{means[best]['recall']:.3f}", f"{means[best]['class_accuracy']:.3f}", against(row, base, lowest, 3)])
         curves.append(Curve(row["label"], [means[text]["recall"] for text in scales],
                             [means[text]["precision"] for text in scales], look))
+        prices.append(Curve(row["label"], [means[text]["class_accuracy"] for text in scales],
+                            [means[text]["frechet"] for text in scales], look))
     head = ["schedule", "best scales", "lowest Fréchet", "precision there", "recall there", "class accuracy there",
             "lowest Fréchet against constant"]
-    return markdown_table(head, cells), [Panel("", "recall", "precision", curves)]
+    return markdown_table(head, cells), [Panel("", "recall", "precision", curves),
+                                         Panel("", "class accuracy", "Fréchet distance", prices, log_y=True)]
 
 
 TITLES = {
@@ -206,11 +209,11 @@ TITLES = {
 
 
 def made_by(part: str, made: Row) -> str:
-    """On what and for how long a part was trained."""
+    """On what and for how long a part was trained, and what a person noted beside it in study.json."""
     first, second = made["tokenizer_steps"]
     gpts = "" if part == "A" else (f", GPTs of {made['gpt_steps']} steps of {BATCH} images, learning rates chosen after "
                                    f"{made['pilot_steps']} steps")
-    return f"On {made['machine']}: tokenizers of {first} + {second} steps of 16 images{gpts}."
+    return " ".join([f"On {made['machine']}: tokenizers of {first} + {second} steps of 16 images{gpts}.", *made.get("notes", ())])
 
 
 def section(part: str, study: Row) -> tuple[str, list[Panel]]:
@@ -239,6 +242,8 @@ def write_report(file: Path, folder: Path) -> None:
         figure = draw(panels, size=(8.6, 4.0), columns=1)  # the rows' names are long
         save_picture(figure, folder / f"study-{part}.png", dpi=90)
         text.append(f"## {TITLES[part]}\n\n{made}\n\n{table}\n![{TITLES[part]}](study-{part}.png)\n")
+        if (folder / (samples := f"study-{part}-samples.png")).exists():  # drawn where the samples are
+            text.append(f"![Samples]({samples})\n")
     write_text(folder / "report.md", "\n".join(text))
 
 

@@ -6,11 +6,17 @@ Guidance is tuned for each system by the Fréchet distance to the validation hal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from PIL import Image
+
 from scripts.paper.steps import Made, Runner, Step, Word
 from scripts.paper.study_parts import Figures, Trial, dual_tokenizer, learning_rates, step_seconds
 from scripts.paper.study_steps import BEST, Data
 from scripts.paper.study_systems import CONSTANT, CTF_CLUSTERS, IAR2, IAR_CLUSTERS, SINGLES, Schedule, System, Tokenizer
+from utils.npz import open_array
+from utils.pictures import image_grid, save_picture
 
+PICTURED = 2  # samples of each class in the picture
 POINTS = ("images", "time")  # where systems are compared: after equal images, after equal time
 
 
@@ -80,7 +86,7 @@ def contenders(data: Data, beyond: System | None, runner: Runner) -> tuple[dict[
         "iar2": Contender("IAR2", (Trial(data, IAR2, dual),), Made(dual)),
     }
     if beyond:
-        rows["beyond"] = Contender(beyond.label, (Trial(data, beyond, dual),), Made(dual))
+        rows["beyond"] = Contender(f"IAR2, {beyond.label}", (Trial(data, beyond, dual),), Made(dual))
     return rows, found
 
 
@@ -118,6 +124,19 @@ def swept(sweep: Step) -> Figures:
     return {text: entry["figures"] for text, entry in sweep.json("sweep/sweep.json").items()}
 
 
+def gallery(data: Data, samples: Mapping[str, Step]) -> Image.Image:
+    """Draw samples of every class, a row for each step under its label, below real images."""
+    with np.load(data.images.path("test.npz")) as real:
+        images, labels, names = real["images"], real["labels"], real["class_names"].tolist()
+    of_class = [np.flatnonzero(labels == label)[:PICTURED] for label in range(len(names))]
+    rows = [images[np.concatenate(of_class)]]
+    for step in samples.values():
+        drawn = open_array(step.path("samples.npz"), "arr_0")[: PICTURED * len(names)]    # classes in turn
+        rows.append(drawn.reshape(PICTURED, len(names), *drawn.shape[1:]).swapaxes(0, 1).reshape(drawn.shape))
+    titles = [name if not index else "" for name in names for index in range(PICTURED)]
+    return image_grid(np.concatenate(rows), PICTURED * len(names), 2, ["real images", *samples], titles)
+
+
 def part_c(data: Data, beyond: System | None, seeds: Sequence[int], rates: Sequence[float], runner: Runner) -> Figures:
     """Whole systems at matched reconstruction, after equal images and after equal time."""
     rows, reconstructions = contenders(data, beyond, runner)
@@ -129,24 +148,27 @@ def part_c(data: Data, beyond: System | None, seeds: Sequence[int], rates: Seque
                                                 for trial in row.stages)) for seed in seeds for name, row in rows.items()}
     runner.run(run for each in trained.values() for run in each.runs)
     guidance = tuned(data, {name: trained[name, seeds[0]] for name in rows}, runner)
-    judged, timed = {}, {}
+    judged, timed, shown = {}, {}, {}
     for (name, seed), each in trained.items():
         guided = scales(each.contender.system, guidance[name]["range"])
         for point in POINTS:
             gpt, decoder, fine = each.options(point)
             samples = data.samples(f"{name}-{point}-seed{seed}", gpt, decoder, (*guided, *fine), seed)
             judged[name, seed, point] = data.judged(samples, "samples.npz")
+            if (seed, point) == (seeds[0], "images"):
+                shown[each.contender.label] = samples
         if seed == seeds[0]:
             gpt, decoder, fine = each.options("images")
-            timed[name] = data.samples(f"{name}-timed", gpt, decoder, (*guided, *fine), seed, per_class=50, alone=True)
+            timed[name] = data.samples(f"{name}-timed", gpt, decoder, (*guided, *fine), seed, alone=True)
     runner.run([*judged.values(), *timed.values()])
     if runner.dry:
         return {}
+    save_picture(gallery(data, shown), data.root / "study-C-samples.png")
     stages = {name: chosen[name] | times[name] for name in trials}
     return {"reconstructions": reconstructions, "steps": data.lengths.gpt_steps, "systems": {name: {
         "label": row.label, "stages": {trial.system.name: stages[trial.system.name] for trial in row.stages},
         "seconds": seconds[name], "steps_at_equal_time": steps[name], **guidance[name],
-        "images_per_second": timed[name].json("samples.rate.json")["images_per_second"],
+        "images_per_second": timed[name].json("samples.rate.json")["warm_images_per_second"],
         "seeds": {seed: {point: judged[name, seed, point].json("judged.json")["samples"] for point in POINTS} for seed in seeds}}
         for name, row in rows.items()}}
 

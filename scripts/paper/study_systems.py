@@ -29,7 +29,7 @@ class System:
     options: tuple[Word, ...] = ()
     gpt_model: str = "GPT-tiny"
     guidance: str = "attention"
-    ranges: tuple[str, ...] = ("1:1", "1:1.5", "1:2", "1:3", "1.5:3", "2:4")
+    ranges: tuple[str, ...] = ("1:1", "1:2", "1:3", "1:4", "1:6", "1.5:4")
     """Scales among which the validation half chooses."""
 
 
@@ -84,21 +84,25 @@ IAR_CLUSTERS, CTF_CLUSTERS = 64, 128
 
 @dataclass(frozen=True)
 class Schedule:
-    """A row of part D: a guidance schedule."""
+    """A row of part D: a guidance schedule, and scales of which the best lie inside."""
 
     name: str
     label: str
     options: tuple[Word, ...]
-    ranges: tuple[str, ...] = ("1:1.5", "1:2", "1:3", "1:4", "1:6")
+    ranges: tuple[str, ...]
 
 
+SLOW, FAST = ("1:2", "1:3", "1:4", "1:6", "1:8", "1:12"), ("1:1.25", "1:1.5", "1:2", "1:2.5", "1:3", "1:4")
 D = (
-    Schedule("constant", "constant", ("--guidance", "constant"), ("1.25:1.25", "1.5:1.5", "2:2", "2.5:2.5", "3.5:3.5")),
-    Schedule("progressive", "progressive (w = 0)", ("--guidance", "progressive")),
-    Schedule("attention-0.05", "attention, w = 0.05 (IAR2)", ("--guidance", "attention", "--cfg-attention-weight", 0.05)),
-    Schedule("attention-1", "attention, w = 1", ("--guidance", "attention", "--cfg-attention-weight", 1)),
-    Schedule("shuffled-1", "attention of other cells, w = 1", ("--guidance", "attention_shuffled", "--cfg-attention-weight", 1)),
-    Schedule("reversed", "reversed", ("--guidance", "reversed")),
-    Schedule("equation18", "equation 18, rescaled", ("--guidance", "equation18_rescaled")),
-    Schedule("power-cosine", "power-cosine", ("--guidance", "power_cosine")),
+    Schedule("constant", "constant", ("--guidance", "constant"),
+             ("1.25:1.25", "1.5:1.5", "2:2", "2.5:2.5", "3:3", "3.5:3.5")),
+    Schedule("progressive", "progressive (w = 0)", ("--guidance", "progressive"), SLOW),
+    Schedule("attention-0.05", "attention, w = 0.05 (IAR2)", ("--guidance", "attention", "--cfg-attention-weight", 0.05), SLOW),
+    Schedule("attention-1", "attention, w = 1", ("--guidance", "attention", "--cfg-attention-weight", 1), FAST),
+    Schedule("shuffled-1", "attention of other cells, w = 1", ("--guidance", "attention_shuffled", "--cfg-attention-weight", 1),
+             FAST),
+    Schedule("reversed", "reversed", ("--guidance", "reversed"), FAST),
+    Schedule("equation18", "equation 18, rescaled", ("--guidance", "equation18_rescaled"),
+             ("1:4", "1:6", "1:10", "1:16", "1:24", "1:36")),
+    Schedule("power-cosine", "power-cosine", ("--guidance", "power_cosine"), ("1:4", "1:6", "1:9", "1:13", "1:18", "1:24")),
 )
