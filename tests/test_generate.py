@@ -158,6 +158,18 @@ def test_many_codes_are_drawn_by_their_probabilities():
     assert ends.tolist() == [0, size - 1]
 
 
+@pytest.mark.parametrize("size", [8193, 20_000])
+def test_many_codes_need_no_long_scan(monkeypatch, size):
+    """What a compiler would split; and a code that is there even where logits are no numbers."""
+    lengths, cumsum = [], torch.Tensor.cumsum
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda values, dim: (lengths.append(values.shape[dim]), cumsum(values, dim))[1])
+    logits = -1e-7 * torch.arange(size).repeat(3, 1)                               # in order, and nearly even
+    logits[1], logits[2] = torch.nan, -torch.inf
+    codes = pick_codes(logits, torch.tensor([0.5, 0.5, 0.5]), 1.0, 0, 0.9)
+    assert lengths and max(lengths) <= 1024
+    assert abs(codes[0] - 0.45 * size) <= 20 and ((codes >= 0) & (codes < size)).all()
+
+
 def test_many_codes_are_filtered_as_few_are():
     """top-p by running sums in two stages keeps what sums in double precision keep."""
     logits = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 20_000))).float() * 3

@@ -159,4 +159,5 @@ def test_each_worker_has_a_gpu_or_a_share_of_the_threads():
     assert [Runner(3, gpus=2).environment(worker)["CUDA_VISIBLE_DEVICES"] for worker in range(3)] == ["0", "1", "0"]
     threads = len(os.sched_getaffinity(0))
     assert Runner(2).environment(1)["OMP_NUM_THREADS"] == str(max(threads // 2, 1))
+    assert Runner(2).environment(0, alone=True)["OMP_NUM_THREADS"] == str(threads)
     assert Runner(1, gpus=2).environment(0) == dict(os.environ) == Runner(1).environment(0)

@@ -12,16 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from autoregressive.sample.drawing import warm_rate
 from scripts.paper import study_systems as systems
 from scripts.paper.estimates import at, differs, estimate, paired, verdict
 from scripts.paper.steps import Runner, Step, in_order
 from scripts.paper.study_data import framed, halves
 from scripts.paper.study_parts import Trial, dual_tokenizer, learning_rates, part_a, part_b
 from scripts.paper.study_report import mean, write_report
-from scripts.paper.study_samples import equal_time, part_c, part_d
+from scripts.paper.study_samples import equal_time, gallery, part_c, part_d, timed_rate
 from scripts.paper.study_steps import Data, Lengths
 from tests.conftest import REPOSITORY, call
-from utils.config import to_dict
+from tests.test_npz import ALONE
+from utils.config import UserError, to_dict
 from utils.files import write_json
 
 TINY = Lengths(classifier_epochs=(1, 1), tokenizer_steps=(2, 2), gpt_steps=4, pilot_steps=2, evaluations=2, per_class=1,
@@ -158,6 +160,34 @@ def test_parts_run_to_their_report(tmp_path, files, monkeypatch):
     saved = json.loads((tmp_path / "study.json").read_text())
     assert set(saved["B"]["compressed"]["seeds"]) == {"0", "1"} and "one seed" in report
     assert "On a machine: tokenizers of" in report
+
+
+def test_the_picture_shows_each_class_in_its_column(tmp_path):
+    """Samples come with classes in turn; a row shows as many of a class as all rows have."""
+    data = Data(tmp_path, "fashion-mnist")
+    data.images.folder.mkdir(parents=True)
+    labels = np.array([2, 0, 1, 1, 0, 2, 2])
+    flat = np.broadcast_to(labels[:, None, None, None] * 40, (7, 32, 32, 3)).astype(np.uint8)
+    np.savez(data.images.path("test.npz"), images=flat, labels=labels, class_names=np.array(["a", "b", "c"]))
+    step = Step(tmp_path, "samples", "some", ("a.py",))
+    step.folder.mkdir(parents=True)
+    np.savez(step.path("samples.npz"), arr_0=np.broadcast_to(
+        np.arange(100, 108)[:, None, None, None], (8, 32, 32, 3)).astype(np.uint8))
+    picture = np.asarray(gallery(data, {"one": step}))
+    lines = [line[line.max(1) < 255][:, 0] for line in (picture[-110], picture[-40])]  # through the middle of both rows
+    columns = [line[np.flatnonzero(np.diff(line, prepend=256))] for line in lines]
+    assert [set(line.tolist()) - {0} for line in columns] == [{40, 80}, {100, 101, 102, 103, 104, 105}]
+    assert [value for value in columns[1].tolist() if value >= 100] == [100, 103, 101, 104, 102, 105]
+
+
+def test_a_rate_leaves_the_first_batch_out(tmp_path):
+    """It compiles; and a rate of nothing is refused, with what to do."""
+    assert warm_rate([60.0, 61.0, 62.0], 10, ALONE) == {"warm_images_per_second": 10.0} and not warm_rate([60.0], 10, ALONE)
+    step = Step(tmp_path, "samples", "timed", ("a.py",))
+    step.folder.mkdir(parents=True)
+    write_json(step.path("samples.rate.json"), {"images": 10, "images_per_second": 1.0})
+    with pytest.raises(UserError, match="delete that folder"):
+        timed_rate(step)
 
 
 def test_the_readme_says_what_the_study_found():

@@ -29,8 +29,8 @@ from utils.config import AboveZero, Count, NonNegative, Seed, choices, interval
 
 V = TypeVar("V")
 
-# Codes from which on running sums are made in two stages.  Inductor splits one long scan of few rows between blocks that wait
-# for each other, and torch 2.11 fails to write that kernel: a GPU could not sample from LlamaGen's 16,384 codes.
+# Codes beyond which running sums are made in two stages.  Inductor splits one longer scan of few rows between blocks that wait
+# for each other, and torch 2.11 fails to write that kernel: `--decode compiled` could not draw from LlamaGen's 16,384 codes.
 _LONGEST_SCAN, _GROUP = 8192, 1024
 
 
@@ -106,8 +106,9 @@ def check_read(options: SamplingOptions, gpt: GPT) -> None:
 
 
 def in_groups(values: Tensor) -> Tensor:
-    """Rows [B, K], with zeros behind, in groups [B, G, _GROUP]."""
-    return F.pad(values, (0, -values.shape[-1] % _GROUP)).unflatten(-1, (-1, _GROUP))
+    """Rows [B, K], with zeros behind where they do not fill the last one, in groups [B, G, _GROUP]."""
+    missing = -values.shape[-1] % _GROUP
+    return (F.pad(values, (0, missing)) if missing else values).unflatten(-1, (-1, _GROUP))
 
 
 def running_sums(values: Tensor) -> Tensor:
@@ -161,7 +162,8 @@ def draw_codes(logits: Tensor, uniforms: Tensor) -> Tensor:
     total = totals.gather(1, group)
     share = ((target - (cumulative.gather(1, group) - total)) / total).clamp(0, 1 - 2**-24)      # [B, 1] of the group's total
     chosen = groups.gather(1, group[..., None].expand(-1, -1, _GROUP))[:, 0]       # [B, _GROUP]
-    return (group * _GROUP + invert(chosen, share[:, 0])[-1])[:, 0]
+    # A code that is there, whatever the logits: not a number draws the last entry of a group, which may be beyond the codes.
+    return (group * _GROUP + invert(chosen, share[:, 0])[-1])[:, 0].clamp_max(logits.shape[-1] - 1)
 
 
 def pick_codes(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from autoregressive.models.conditions import Given
 from autoregressive.sample.image_decoder import Images
 from autoregressive.sample.pipeline import Pipeline
 from utils.beside import Beside
 from utils.config import to_dict
-from utils.distributed import Processes
+from utils.distributed import Processes, all_reduce_sum
 from utils.files import write_json
 from utils.image_store import ImageStore
 from utils.logs import progress
@@ -42,7 +43,7 @@ def draw_npz(pipeline: Pipeline, path: Path, given: Conditions, about: dict[str,
     store = ImageStore(path, (count, pipeline.image_size, pipeline.image_size, 3), about, processes)
     started, missing, rows = time.perf_counter(), len(store.missing()), store.share()
     bar = progress(len(rows), "sample", "images", processes)
-    written = []  # when each batch was
+    written: list[float] = []  # when each batch was
 
     def keep(batch: np.ndarray, images: Images) -> None:
         store.write(batch, images()[: len(batch)])
@@ -57,9 +58,19 @@ def draw_npz(pipeline: Pipeline, path: Path, given: Conditions, about: dict[str,
             writer.run(keep, batch, pipeline.start(given(padded), padded))
     bar.close()
     store.finish(pipeline.class_names, **members, kind=np.array(about["kind"]), options=np.array(json.dumps(about)))
+    rate = {"images": missing, "images_per_second": missing / (time.perf_counter() - started)}
+    rate |= warm_rate(written, batch_size, processes)
     if processes.is_main:
-        rate = {"images": missing, "images_per_second": missing / (time.perf_counter() - started)}
-        if len(written) > 1:  # without the first batch, in which kernels are compiled and captured
-            own = (len(rows) - batch_size) / (written[-1] - written[0])
-            rate["warm_images_per_second"] = own * processes.world_size
         write_json(path.with_suffix(".rate.json"), rate)
+
+
+def warm_rate(written: list[float], batch_size: int, processes: Processes) -> dict[str, float]:
+    """Images a second that all processes draw after their first batch, in which kernels are compiled and captured.
+
+    written: when each batch of this process was; a last one of fewer images takes as long as a whole one.  Empty where a process
+    had a single batch.
+    """
+    enough = len(written) > 1
+    own = (len(written) - 1) * batch_size / (written[-1] - written[0]) if enough else 0.0
+    rate, count = all_reduce_sum(torch.tensor([own, float(enough)]), processes).tolist()
+    return {"warm_images_per_second": rate} if count == processes.world_size else {}

@@ -172,12 +172,14 @@ class Runner:
                 print(shlex.join(step.command()))
                 self.printed.add(step.folder)
 
-    def environment(self, worker: int) -> dict[str, str]:
-        """What a worker's commands may use: its share of the threads, and its GPU, which several share if there are fewer."""
+    def environment(self, worker: int, alone: bool = False) -> dict[str, str]:
+        """What a worker's command may use: its GPU, which several share if there are fewer, and its share of the threads, or all
+        if nothing runs beside it."""
         if self.workers == 1:
             return dict(os.environ)
         gpu = {"CUDA_VISIBLE_DEVICES": str(worker % self.gpus)} if self.gpus else {}
-        return os.environ | gpu | {"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // self.workers, 1))}
+        threads = len(os.sched_getaffinity(0)) // (1 if alone else self.workers)
+        return os.environ | gpu | {"OMP_NUM_THREADS": str(max(threads, 1))}
 
 
 class _Schedule:
@@ -229,8 +231,8 @@ class _Schedule:
         worker = min(set(range(self.runner.workers)) - {entry.worker for entry in self.running})
         with (step.folder / "output.txt").open("a") as output:
             # Python is found and its packages asked for once, by the script that started this.
-            process = subprocess.Popen(step.command(), cwd=REPOSITORY, env=self.runner.environment(worker), stdout=output,
-                                       stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
+            process = subprocess.Popen(step.command(), cwd=REPOSITORY, env=self.runner.environment(worker, step.alone),
+                                       stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
         self.running.append(_Running(step, worker, process, time.monotonic()))
 
     def _finish(self, entry: _Running) -> None:

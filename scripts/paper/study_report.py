@@ -50,11 +50,12 @@ def mean(row: Row, value: Callable[[Any], float]) -> Estimate:
     return estimate(list(of_seeds(row, value).values()))
 
 
-def against(row: Row, base: Row, value: Callable[[Any], float], digits: int, lower_is_better: bool = True) -> str:
-    """The paired difference to the base row and its verdict."""
+def against(row: Row, base: Row, value: Callable[[Any], float], digits: int, lower_is_better: bool = True,
+            base_value: Callable[[Any], float] | None = None) -> str:
+    """The paired difference to the base row, or to another figure of it, and its verdict."""
     if row is base:
         return "–"
-    difference = paired(of_seeds(row, value), of_seeds(base, value))
+    difference = paired(of_seeds(row, value), of_seeds(base, base_value or value))
     word = verdict(difference, lower_is_better)
     sign = "+" if difference.mean > 0 else ""
     return f"{sign}{difference.text(digits)}: {f'**{word}**' if differs(difference) else word}"
@@ -170,9 +171,14 @@ def whole_systems(part: Row) -> tuple[str, list[Panel]]:
 
 # D
 
-def lowest(figures: Mapping[str, Any]) -> float:
-    """The lowest Fréchet distance along a schedule's scales."""
-    return min(each["frechet"] for each in figures.values())
+def frechet_at(text: str) -> Callable[[Any], float]:
+    """Takes the Fréchet distance at one range of scales."""
+    return lambda figures: figures[text]["frechet"]
+
+
+def best_scales(row: Row) -> str:
+    """The range of scales whose distance is lowest in the mean over seeds."""
+    return min(next(iter(row["seeds"].values())), key=lambda text: mean(row, frechet_at(text)).mean)
 
 
 def at_scales(row: Row, text: str) -> dict[str, float]:
@@ -187,16 +193,15 @@ def schedules(rows: Rows) -> tuple[str, list[Panel]]:
     base, cells, curves, prices = rows[BASE["D"]], [], [], []
     for look, row in enumerate(rows.values()):
         scales = list(next(iter(row["seeds"].values())))
-        means = {text: at_scales(row, text) for text in scales}
-        best = min(means, key=lambda text: means[text]["frechet"])
-        cells.append([row["label"], best.replace(":", " to "), mean(row, lowest).text(3), f"{means[best]['precision']:.3f}",
-                      f"{means[best]['recall']:.3f}", f"{means[best]['class_accuracy']:.3f}", against(row, base, lowest, 3)])
+        means, best = {text: at_scales(row, text) for text in scales}, best_scales(row)
+        cells.append([row["label"], best.replace(":", " to "), mean(row, frechet_at(best)).text(3),
+                      *(f"{means[best][name]:.3f}" for name in ("precision", "recall", "class_accuracy")),
+                      against(row, base, frechet_at(best), 3, base_value=frechet_at(best_scales(base)))])
         curves.append(Curve(row["label"], [means[text]["recall"] for text in scales],
                             [means[text]["precision"] for text in scales], look))
         prices.append(Curve(row["label"], [means[text]["class_accuracy"] for text in scales],
                             [means[text]["frechet"] for text in scales], look))
-    head = ["schedule", "best scales", "lowest Fréchet", "precision there", "recall there", "class accuracy there",
-            "lowest Fréchet against constant"]
+    head = ["schedule", "best scales", "Fréchet", "precision", "recall", "class accuracy", "Fréchet against constant's"]
     return markdown_table(head, cells), [Panel("", "recall", "precision", curves),
                                          Panel("", "class accuracy", "Fréchet distance", prices, log_y=True)]
 

@@ -13,10 +13,11 @@ from scripts.paper.steps import Made, Runner, Step, Word
 from scripts.paper.study_parts import Figures, Trial, dual_tokenizer, learning_rates, step_seconds
 from scripts.paper.study_steps import BEST, Data
 from scripts.paper.study_systems import CONSTANT, CTF_CLUSTERS, IAR2, IAR_CLUSTERS, SINGLES, Schedule, System, Tokenizer
+from utils.config import UserError
 from utils.npz import open_array
 from utils.pictures import image_grid, save_picture
 
-PICTURED = 2  # samples of each class in the picture
+PICTURED = 2  # samples of each class in the picture, if there are so many
 POINTS = ("images", "time")  # where systems are compared: after equal images, after equal time
 
 
@@ -128,13 +129,20 @@ def gallery(data: Data, samples: Mapping[str, Step]) -> Image.Image:
     """Draw samples of every class, a row for each step under its label, below real images."""
     with np.load(data.images.path("test.npz")) as real:
         images, labels, names = real["images"], real["labels"], real["class_names"].tolist()
-    of_class = [np.flatnonzero(labels == label)[:PICTURED] for label in range(len(names))]
-    rows = [images[np.concatenate(of_class)]]
-    for step in samples.values():
-        drawn = open_array(step.path("samples.npz"), "arr_0")[: PICTURED * len(names)]    # classes in turn
-        rows.append(drawn.reshape(PICTURED, len(names), *drawn.shape[1:]).swapaxes(0, 1).reshape(drawn.shape))
-    titles = [name if not index else "" for name in names for index in range(PICTURED)]
-    return image_grid(np.concatenate(rows), PICTURED * len(names), 2, ["real images", *samples], titles)
+    drawn = [open_array(step.path("samples.npz"), "arr_0") for step in samples.values()]  # classes in turn
+    own = min(PICTURED, np.bincount(labels).min(), *(len(each) // len(names) for each in drawn))
+    rows = [images[np.concatenate([np.flatnonzero(labels == label)[:own] for label in range(len(names))])]]
+    rows += [np.concatenate([each[label :: len(names)][:own] for label in range(len(names))]) for each in drawn]
+    titles = [name if not index else "" for name in names for index in range(own)]
+    return image_grid(np.concatenate(rows), own * len(names), 2, ["real images", *samples], titles)
+
+
+def timed_rate(step: Step) -> float:
+    """Images a second of timed samples; raises UserError where an interruption left none to time."""
+    rate = step.json("samples.rate.json")
+    if "warm_images_per_second" not in rate:
+        raise UserError(f"{step.folder} was interrupted near its end, and nothing was timed: delete that folder, start again.")
+    return float(rate["warm_images_per_second"])
 
 
 def part_c(data: Data, beyond: System | None, seeds: Sequence[int], rates: Sequence[float], runner: Runner) -> Figures:
@@ -168,7 +176,7 @@ def part_c(data: Data, beyond: System | None, seeds: Sequence[int], rates: Seque
     return {"reconstructions": reconstructions, "steps": data.lengths.gpt_steps, "systems": {name: {
         "label": row.label, "stages": {trial.system.name: stages[trial.system.name] for trial in row.stages},
         "seconds": seconds[name], "steps_at_equal_time": steps[name], **guidance[name],
-        "images_per_second": timed[name].json("samples.rate.json")["warm_images_per_second"],
+        "images_per_second": timed_rate(timed[name]),
         "seeds": {seed: {point: judged[name, seed, point].json("judged.json")["samples"] for point in POINTS} for seed in seeds}}
         for name, row in rows.items()}}
 

@@ -84,7 +84,7 @@ IAR_CLUSTERS, CTF_CLUSTERS = 64, 128
 
 @dataclass(frozen=True)
 class Schedule:
-    """A row of part D: a guidance schedule, and scales of which the best lie inside."""
+    """A row of part D: a guidance schedule, and the scales that it is tried with."""
 
     name: str
     label: str
