@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from autoregressive.sample.drawing import warm_rate
+from scripts.paper import study
 from scripts.paper import study_systems as systems
 from scripts.paper.estimates import at, differs, estimate, paired, verdict
 from scripts.paper.steps import Runner, Step, in_order
+from scripts.paper.study import chosen
 from scripts.paper.study_data import framed, halves
 from scripts.paper.study_parts import Trial, dual_tokenizer, learning_rates, part_a, part_b
 from scripts.paper.study_report import mean, write_report
@@ -160,6 +162,14 @@ def test_parts_run_to_their_report(tmp_path, files, monkeypatch):
     saved = json.loads((tmp_path / "study.json").read_text())
     assert set(saved["B"]["compressed"]["seeds"]) == {"0", "1"} and "one seed" in report
     assert "On a machine: tokenizers of" in report
+
+
+def test_some_rows_keep_what_they_are_set_against():
+    """--rows leaves the base row in, and names what there is."""
+    assert [row.name for row in chosen(systems.A, "A", ["product", "reversed"])] == ["product", "associated"]
+    assert chosen(systems.D, "D", ()) == list(systems.D)
+    with pytest.raises(UserError, match="no such row, choose from single-1024"):
+        call(study.main, "--rows", "product", "none", "--dry")
 
 
 def test_the_picture_shows_each_class_in_its_column(tmp_path):

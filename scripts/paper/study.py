@@ -15,9 +15,10 @@ Each part's figures go into study.json, from which report.md and its pictures ar
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by its path
 
@@ -26,7 +27,7 @@ import torch
 from scripts.paper import study_systems as systems
 from scripts.paper.steps import Runner
 from scripts.paper.study_parts import Figures, part_a, part_b
-from scripts.paper.study_report import write_report
+from scripts.paper.study_report import BASE, write_report
 from scripts.paper.study_samples import part_c, part_d
 from scripts.paper.study_steps import Data, Lengths
 from utils.config import AboveZero, Count, Seed, UserError, choices, parse, run_main, to_dict
@@ -35,6 +36,7 @@ from utils.files import check_exists, check_writable, read_json, write_json
 from utils.logs import set_up_logging
 
 PARTS = ("A", "B", "beyond", "C", "D")
+Row = TypeVar("Row", systems.Tokenizer, systems.System, systems.Schedule)
 
 
 @dataclass
@@ -45,6 +47,8 @@ class StudyConfig:
     """Folder of everything that is made, of study.json and report.md."""
     parts: tuple[Annotated[str, choices(PARTS)], ...] = PARTS
     """Which parts."""
+    rows: tuple[str, ...] = ()
+    """Rows of parts A, B, beyond and D, by their names in study_systems.py; empty: all.  What others are set against stays."""
     cifar10: tuple[str, str] = ("", "")
     """CIFAR-10 as two npz, training and test images; empty: torchvision downloads it."""
     fashion_mnist: tuple[str, str] = ("", "")
@@ -84,19 +88,25 @@ def machine(gpus: int) -> str:
     return f"{name}, torch {torch.__version__.partition('+')[0]}"
 
 
+def chosen(rows: Sequence[Row], part: str, names: Sequence[str]) -> list[Row]:
+    """The rows of a part that are asked for, and the one that others are set against."""
+    return [row for row in rows if not names or row.name in (*names, BASE[part])]
+
+
 def run_part(part: str, config: StudyConfig, cifar: Data, fashion: Data, runner: Runner) -> Figures:
     """The figures of one part."""
     seeds, few = config.seeds, config.seeds[:2]
     beyond = next((row for row in systems.BEYOND if row.name == config.beyond), None)
     if part == "A":
-        return part_a(cifar, systems.A, few, config.vgg, runner)
+        return part_a(cifar, chosen(systems.A, part, config.rows), few, config.vgg, runner)
     if part == "B":
-        return part_b(cifar, dict.fromkeys(systems.B, seeds), config.rates, runner)
+        return part_b(cifar, dict.fromkeys(chosen(systems.B, part, config.rows), seeds), config.rates, runner)
     if part == "beyond":
-        return part_b(cifar, dict.fromkeys((systems.IAR2, *systems.BEYOND), seeds), config.rates, runner)
+        rows = chosen((systems.IAR2, *systems.BEYOND), part, config.rows)
+        return part_b(cifar, dict.fromkeys(rows, seeds), config.rates, runner)
     if part == "C":
         return part_c(fashion, beyond, seeds, config.rates, runner)
-    return part_d(fashion, systems.D, few, config.rates, runner)
+    return part_d(fashion, chosen(systems.D, part, config.rows), few, config.rates, runner)
 
 
 def main() -> None:
@@ -108,6 +118,9 @@ def main() -> None:
     for option, values in (("--seeds", config.seeds), ("--rates", config.rates), ("--parts", config.parts)):
         if len(set(values)) != len(values) or not values:
             raise UserError(f"{option} {' '.join(map(str, values))} is empty or names a value twice: give each once.")
+    known = [row.name for row in (*systems.A, *systems.B, *systems.BEYOND, *systems.D)]
+    if unknown := [name for name in config.rows if name not in known]:
+        raise UserError(f"--rows {' '.join(unknown)}: no such row, choose from {', '.join(known)}.")
     root = config.out.resolve()
     cifar = Data(root, "cifar10", absolute(config.cifar10, "--cifar10"), config.lengths)
     fashion = Data(root, "fashion-mnist", absolute(config.fashion_mnist, "--fashion-mnist"), config.lengths)
