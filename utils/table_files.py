@@ -49,13 +49,14 @@ def _holds_parquet(folder: Path, depth: int) -> bool:
     """Whether parquet files are in a folder, or, without images beside them, in one below it."""
     folders, found = [], False
     try:
-        for entry in os.scandir(folder):
-            if not entry.name.startswith("."):
-                if depth < _DEPTH and entry.name.lower().endswith(EXTENSIONS):
-                    return False
-                found = found or entry.name.endswith(".parquet")
-                if os.path.isdir(entry.path):
-                    folders.append(entry.path)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.name.startswith("."):
+                    if depth < _DEPTH and entry.name.lower().endswith(EXTENSIONS):
+                        return False
+                    found = found or entry.name.endswith(".parquet")
+                    if os.path.isdir(entry.path):
+                        folders.append(entry.path)
     except OSError:  # not a folder that can be read: the reader of images says so
         return False
     return found or (depth > 0 and any(_holds_parquet(Path(each), depth - 1) for each in folders))
