@@ -155,6 +155,7 @@ class Data:
     def samples(self, label: str, gpt: Made, decoder: Made, options: tuple[Word, ...], seed: int,
                 alone: bool = False) -> Step:
         """Samples to score, or with `alone` as many batches as a rate needs, by the decoding that suits the device."""
+        # Ten classes.  Compiling takes longer than drawing so few; a rate leaves the batch that compiles out.
         count, eager = (4 * self.sampled // 10, ()) if alone else (self.lengths.per_class, ("--decode", "eager"))
         return Step(self.root, "samples", f"{self.name}-{label}", (
             "autoregressive/sample/sample_c2i_ddp.py", "--gpt-ckpt", gpt, "--vq-ckpt", decoder, "--per-class",
